@@ -1,0 +1,1 @@
+"""Tests, mirroring dreamrie/ one to one."""

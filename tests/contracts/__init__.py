@@ -1,0 +1,1 @@
+"""Contracts: rules about the code base itself."""
