@@ -1,0 +1,77 @@
+"""The one training loop. It knows what it trains only as a `Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dreamrie.lora import LoraPair
+
+
+class Task(Protocol):
+    """What the loop needs to know of the thing being trained.
+
+    Steps count from 1. Step 0 is "before training": `batch(0, i)` are the batches used by locally optimal
+    initialization, `validate(0, ...)` shows the base model.
+
+    A batch is a pure function of (the task's seed, step, micro): no state advances, so a batch can be asked for twice
+    and in any order. A task keeps no random state of its own and touches no global one.
+
+    Attributes:
+        name: short, for logs: "dreambooth".
+        model: the network that carries the adapters (a U-Net, a language model).
+        pairs: the adapted layers.
+    """
+
+    name: str
+    model: nn.Module
+    pairs: Sequence[LoraPair]
+
+    def batch(self, step: int, micro: int) -> Any:
+        """Micro-batch `micro` (0, 1, ...) of `step`, already on the right device."""
+        ...
+
+    def loss(self, batch: Any) -> Tensor:
+        """Scalar mean loss of one micro-batch; differentiable; the loop adds autocast around it."""
+        ...
+
+    def describe(self, batch: Any) -> str:
+        """Name what is in the batch (files, timesteps), for the message about a loss that is not finite."""
+        ...
+
+    def validate(self, step: int, directory: Path) -> dict[str, float]:
+        """Write samples of the present model under `directory`; return scores to log, {} if there are none."""
+        ...
+
+    def save(self, directory: Path, metadata: dict[str, str]) -> None:
+        """Write the adapter into `directory`, crash-safe; `metadata` is added to the file's own."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how fast, how often.
+
+    Attributes:
+        max_steps: optimizer steps.
+        accumulation: micro-batches per optimizer step and process.
+        learning_rate: peak of the schedule.
+        scheduler: "constant", "linear" or "cosine"; each after a linear warm-up.
+        warmup_steps: optimizer steps of warm-up.
+        max_grad_norm: clip the global (Riemannion: tangent) gradient norm to this; None: do not clip.
+        validation_steps: validate at step 0, every so many steps and at the end; None: never.
+        spectrum_steps: write the singular values every so many steps; None: never.
+    """
+
+    max_steps: int
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    scheduler: str = "cosine"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    validation_steps: int | None = None
+    spectrum_steps: int | None = None
