@@ -1,0 +1,60 @@
+# Every target works from a fresh clone: it makes .venv, installs once, and runs. Nothing is fetched from a model hub.
+#   make demo    train the example concept and draw runs/demo/grid.png
+#   make test    all laws, mutants and contracts (under 10 minutes on 2 cores)
+#   make check   format, lint, types, layering
+#   make full    everything, long searches included
+#   make bench   the numbers of the README
+# To run in an environment that is already complete: make test VENV=/path/to/venv (nothing is installed into it).
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test check full bench clean
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+ifeq ($(origin VENV),command line)
+READY :=
+else
+VENV := .venv
+READY := .venv/.installed
+endif
+PY := $(VENV)/bin/python
+
+help:
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+
+.venv/.installed: pyproject.toml
+	@set -e; found=; \
+	for candidate in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "dreamrie needs Python 3.11 or newer with the venv module; none was found on PATH." >&2; \
+	  echo "Install one (Debian and Ubuntu: python3-venv), or name it: make PYTHON=/path/to/python3.12 demo" >&2; exit 1; \
+	fi; \
+	echo "Installing into .venv with $$($$found --version); a few minutes, once."; \
+	$$found -m venv .venv; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"; \
+	touch $@
+
+demo: $(READY)
+	$(PY) -m examples.demo
+
+test: $(READY)
+	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q -m "not slow and not gpu"
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q --durations=0 tests/contracts/test_layers.py
+
+full: $(READY)
+	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest -q -m "not gpu"
+
+bench: $(READY)
+	$(PY) -m benchmarks
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo

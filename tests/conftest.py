@@ -1,0 +1,74 @@
+"""What every test run shares: no network, one thread, named Hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+import socket
+import typing
+from typing import Any
+
+# Before any Hugging Face library is imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.mutants.summary import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
+
+_QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile("desk", max_examples=25, deadline=None, suppress_health_check=_QUIET)
+settings.register_profile(
+    "ci",
+    max_examples=100,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=_QUIET,
+)
+settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_QUIET)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "desk")
+)
+
+# Sums in a fixed order: small matrices are fastest, and repeatable to the bit, on one thread.
+torch.set_num_threads(1)
+
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_connect = socket.socket.connect
+_connect_ex = socket.socket.connect_ex
+
+
+class NetworkBlockedError(RuntimeError):
+    """A test tried to reach another machine."""
+
+
+def _check_address(family: int, address: Any) -> None:
+    if family != socket.AF_UNIX and address[0] not in _LOOPBACK:
+        raise NetworkBlockedError(f"a test tried to connect to {address!r}; only loopback is open")
+
+
+def _guarded_connect(self: socket.socket, address: Any) -> None:
+    _check_address(self.family, address)
+    _connect(self, address)
+
+
+def _guarded_connect_ex(self: socket.socket, address: Any) -> int:
+    _check_address(self.family, address)
+    return _connect_ex(self, address)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _only_loopback() -> typing.Iterator[None]:
+    """No test may depend on a server or on downloaded weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", _guarded_connect)
+        patch.setattr(socket.socket, "connect_ex", _guarded_connect_ex)
+        yield
