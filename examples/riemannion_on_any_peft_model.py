@@ -2,8 +2,9 @@
 
     python examples/riemannion_on_any_peft_model.py
 
-The model is a small Llama built from its configuration, so nothing is downloaded; any `transformers`, `diffusers` or
-plain PyTorch model takes its place. The task is to learn one fixed sequence of tokens.
+The model is a small Llama built from its configuration, so nothing is downloaded; any
+`transformers`, `diffusers` or plain PyTorch model takes its place. The task is to learn one fixed
+sequence of tokens.
 """
 
 from __future__ import annotations

@@ -1,0 +1,97 @@
+"""P6: the wheel holds the library, its types and its embedded model, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.contracts.sources import PACKAGE, ROOT, dotted_name, imported_modules
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names inside a wheel of this checkout, built from links so that the checkout stays clean."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tracked.returncode:
+        pytest.skip("this copy of the sources is not a git checkout, so its files are not known")
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).symlink_to(ROOT / name)
+    flags = "--quiet --no-deps --no-build-isolation --no-index --disable-pip-version-check".split()
+    run = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", str(folder), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_the_wheel_holds_every_file_of_the_library(wheel_names: set[str]) -> None:
+    """Code, `py.typed` and everything below assets are in it."""
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert len(expected) > 10
+    assert expected - wheel_names == set()
+
+
+def test_the_wheel_holds_nothing_else(wheel_names: set[str]) -> None:
+    """Tests, tools, examples and benchmarks belong to the checkout."""
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "dreamrie",
+        "train_dreambooth.py",
+    }
+    assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
+
+
+def test_every_import_of_the_library_is_a_declared_dependency() -> None:
+    """A fresh install can import all of dreamrie, not the developer's environment alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {_import_name(line) for line in project["dependencies"]}
+    used: set[str] = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        used |= {
+            name.split(".")[0]
+            for name in imported_modules(tree, dotted_name(path), path.stem == "__init__")
+        }
+    outside = used - set(sys.stdlib_module_names) - {"dreamrie", *OPTIONAL}
+    assert outside - declared == set()
+    assert declared - used <= {"numpy"}
+
+
+OPTIONAL = {"jaxtyping", "tensorboard"}
+"""Types for tests only; a writer that is asked for by a flag."""
+
+
+def _import_name(requirement: str) -> str:
+    name = requirement.split(">")[0].strip()
+    return {"pillow": "PIL", "pyyaml": "yaml"}.get(name, name)
+
+
+def test_the_assets_are_there() -> None:
+    """The embedded pipeline is part of the checkout."""
+    assert (PACKAGE / "assets" / "tiny-sd" / "model_index.json").is_file()
+    assert Path(PACKAGE / "py.typed").is_file()
