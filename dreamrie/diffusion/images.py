@@ -1,0 +1,210 @@
+"""Decode one picture to 8-bit RGB, or say why not. The only place that decodes pictures.
+
+Source: the behaviour of Pillow's usual `open`, `exif_transpose`, `convert("RGB")` that must not reach training:
+turned photos, hidden colors behind alpha, 16-bit pictures clipped to white, a broken file found in mid-run.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dreamrie.errors import ImageError
+
+# A phone photo has at most 50 megapixels in practice; far beyond that a file is an accident or an attack.
+LIMIT_PIXELS = 80_000_000
+# A strip cannot be cropped to a square that shows anything, and resizing its short side would explode the long one.
+LIMIT_ASPECT = 10
+BACKGROUND = (255, 255, 255)
+
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
+_SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+# 32-bit integers and floats state no range, so there is no right way to 8 bits.
+_NO_RANGE = frozenset({"I", "F"})
+_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
+
+# What Pillow's decoders raise on damaged files, found by cutting and flipping bytes.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def load_image(path: Path) -> Image.Image:
+    """Decode a picture completely: EXIF rotation applied, alpha composited on white, 16 bits rescaled to 8.
+
+    Args:
+        path: PNG, JPEG, WebP, BMP, TIFF, GIF or PPM with one frame, recognised by content, not by suffix.
+
+    Returns:
+        The picture in mode RGB, turned upright.
+
+    Raises:
+        ImageError: the file is missing, not a picture, damaged, animated, too large, too narrow or of a mode
+            without a stated range.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at a size that is judged here by LIMIT_PIXELS.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as image:
+                _check_header(path, image)
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+                return _to_rgb(path, upright)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not a picture ({_what_it_is(path)}).") from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {error}).") from error
+
+
+def list_images(directory: Path) -> list[Path]:
+    """List the files of a folder that are meant as pictures, in the order of their names.
+
+    Args:
+        directory: folder; its subfolders, hidden files and files of the operating system are left out.
+
+    Returns:
+        Paths sorted by name, whatever order the file system gives.
+
+    Raises:
+        ImageError: the folder does not exist, is a file, or cannot be read.
+    """
+    if not directory.is_dir():
+        kind = "is a file, not a folder" if directory.exists() else "does not exist"
+        raise ImageError(f"{directory} {kind}. Give a folder with pictures.")
+    try:
+        entries = sorted(directory.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ImageError(f"{directory} cannot be read ({error}).") from error
+    return [entry for entry in entries if not _is_ignored(entry)]
+
+
+def load_images(paths: Sequence[Path]) -> list[Image.Image]:
+    """Decode all pictures, and name all bad ones together.
+
+    Args:
+        paths: files.
+
+    Returns:
+        One RGB picture for each path.
+
+    Raises:
+        ImageError: at least one file is bad; the message lists every one.
+    """
+    images: list[Image.Image] = []
+    failures: list[str] = []
+    for path in paths:
+        try:
+            images.append(load_image(path))
+        except ImageError as error:
+            failures.append(str(error))
+    if failures:
+        listed = "\n  ".join(failures)
+        raise ImageError(
+            f"{len(failures)} of {len(paths)} files cannot be used:\n  {listed}\nRemove or replace them."
+        )
+    return images
+
+
+def check_images(directory: Path) -> list[Path]:
+    """Decode every picture of a folder.
+
+    Args:
+        directory: folder with pictures.
+
+    Returns:
+        The paths, sorted, of at least one picture.
+
+    Raises:
+        ImageError: the folder is missing or holds no picture, or some files are bad.
+    """
+    paths = list_images(directory)
+    if not paths:
+        raise ImageError(f"{directory} holds no pictures. Put PNG, JPEG or WebP files into it.")
+    load_images(paths)
+    return paths
+
+
+def fit_shorter_side(image: Image.Image, size_px: int) -> Image.Image:
+    """Resize so that the shorter side has `size_px`, keeping the aspect.
+
+    Args:
+        image: RGB picture.
+        size_px: length of the shorter side afterwards, in pixels.
+
+    Returns:
+        The resized picture; both sides are at least `size_px`.
+    """
+    width, height = image.size
+    scale = size_px / min(width, height)
+    new_size = (max(size_px, round(width * scale)), max(size_px, round(height * scale)))
+    return image if new_size == image.size else image.resize(new_size, Image.Resampling.LANCZOS)
+
+
+def _is_ignored(entry: Path) -> bool:
+    """Hidden files, folders and what operating systems leave behind."""
+    return entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES or entry.is_dir()
+
+
+def _check_header(path: Path, image: Image.Image) -> None:
+    """Refuse by size, aspect, frames and mode before anything is decoded."""
+    width, height = image.size
+    if width * height > LIMIT_PIXELS:
+        raise ImageError(
+            f"{path}: {width} x {height} pixels are more than {LIMIT_PIXELS / 1e6:.0f} million. Scale it down."
+        )
+    if max(width, height) > LIMIT_ASPECT * min(width, height):
+        raise ImageError(
+            f"{path}: {width} x {height} pixels are narrower than 1 to {LIMIT_ASPECT}. Crop it."
+        )
+    # MPO is a JPEG with a second picture (depth, thumbnail) behind the photo.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise ImageError(f"{path}: an animation or multi-page file. Save the frame you mean.")
+    if image.mode in _NO_RANGE:
+        raise ImageError(
+            f"{path}: mode {image.mode} (32 bits a pixel) states no range of values. Save it with 8 or 16 bits."
+        )
+
+
+def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+    """Any decoded mode to 8-bit RGB."""
+    if image.mode in _SIXTEEN_BIT:
+        values = np.asarray(image).astype(np.uint32)
+        # 65535 = 257 * 255, so white stays white; 128 rounds to the nearest.
+        eight_bit = ((values + 128) // 257).astype(np.uint8)
+        return Image.fromarray(eight_bit).convert("RGB")
+    if image.mode in _ALPHA or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(canvas, layer).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"{path}: mode {image.mode} has no conversion to RGB.") from error
+
+
+def _what_it_is(path: Path) -> str:
+    """A hint for the message about a file that no decoder takes."""
+    size = path.stat().st_size
+    if size == 0:
+        return "the file is empty"
+    return f"{size} bytes, none of {', '.join(_FORMATS)}"
