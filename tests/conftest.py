@@ -1,7 +1,9 @@
-"""What every test run shares: no network, one thread, named Hypothesis profiles."""
+"""What every test run shares: no network, one thread, named profiles, shapes checked."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import socket
 import typing
@@ -14,13 +16,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import beartype as _beartype  # noqa: F401  loaded before the flag below goes up
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import dreamrie as _dreamrie  # noqa: F401  its own type-only imports must stay type-only
 from tests.mutants.summary import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
+
+SHAPE_CHECKED = (
+    "dreamrie.fixed_rank",
+    "dreamrie.riemannion_step",
+    "dreamrie.riemannion",
+    "dreamrie.loi",
+)
+"""Modules that use torch alone and whose annotations carry shapes."""
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("desk", max_examples=25, deadline=None, suppress_health_check=_QUIET)
@@ -40,6 +53,25 @@ settings.load_profile(
 # Sums in a fixed order: small matrices are fastest, and repeatable to the bit, on one thread.
 torch.set_num_threads(1)
 
+
+def _load_with_shape_checks() -> None:
+    """Import the torch-only modules with their shape annotations made real.
+
+    The annotations are imported under `if TYPE_CHECKING:`, so users pay nothing. Here the flag is
+    up while these modules load under jaxtyping's import hook: a tensor of the wrong shape then
+    fails the test that passes it.
+    """
+    typing.TYPE_CHECKING = True
+    try:
+        with jaxtyping.install_import_hook(list(SHAPE_CHECKED), "beartype.beartype"):
+            for name in SHAPE_CHECKED:
+                if importlib.util.find_spec(name):
+                    importlib.import_module(name)
+    finally:
+        typing.TYPE_CHECKING = False
+
+
+_load_with_shape_checks()
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _connect = socket.socket.connect
