@@ -1,4 +1,4 @@
-"""The one training loop. It knows what it trains only as a `Task`."""
+"""What the loop is told: a task, and settings; and what it answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dreamrie.lora import LoraPair
 class Task(Protocol):
     """What the loop needs to know of the thing being trained.
 
-    Steps count from 1. Step 0 is "before training": `batch(0, i)` are the batches used by locally optimal
-    initialization, `validate(0, ...)` shows the base model.
+    Steps count from 1. Step 0 is "before training": `batch(0, i)` are the batches used by locally
+    optimal initialization, `validate(0, ...)` shows the base model.
 
-    A batch is a pure function of (the task's seed, step, micro): no state advances, so a batch can be asked for twice
-    and in any order. A task keeps no random state of its own and touches no global one.
+    A batch is a pure function of (the task's seed, step, micro): no state advances, so a batch can
+    be asked for twice and in any order. A task touches no global random state.
 
     Attributes:
         name: short, for logs: "dreambooth".
@@ -40,38 +40,57 @@ class Task(Protocol):
         ...
 
     def describe(self, batch: Any) -> str:
-        """Name what is in the batch (files, timesteps), for the message about a loss that is not finite."""
+        """Name what is in the batch (files, timesteps): for the message about a bad loss."""
         ...
 
     def validate(self, step: int, directory: Path) -> dict[str, float]:
-        """Write samples of the present model under `directory`; return scores to log, {} if there are none."""
+        """Write samples of the present model under `directory`; return scores, {} if none."""
         ...
 
     def save(self, directory: Path, metadata: dict[str, str]) -> None:
-        """Write the adapter into `directory`, crash-safe; `metadata` is added to the file's own."""
+        """Write the adapter into `directory`, crash-safe; `metadata` joins the file's own."""
         ...
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long, how fast, how often.
+    """How long, how fast, how often. The peak of the learning rate is the optimizer's own `lr`.
 
     Attributes:
         max_steps: optimizer steps.
         accumulation: micro-batches per optimizer step and process.
-        learning_rate: peak of the schedule.
         scheduler: "constant", "linear" or "cosine"; each after a linear warm-up.
         warmup_steps: optimizer steps of warm-up.
-        max_grad_norm: clip the global (Riemannion: tangent) gradient norm to this; None: do not clip.
-        validation_steps: validate at step 0, every so many steps and at the end; None: never.
+        max_grad_norm: clip the global (Riemannion: tangent) gradient norm to this; None: no clip.
+        validation_steps: validate before training, every so many steps and at the end; None: never.
         spectrum_steps: write the singular values every so many steps; None: never.
+        seed: for dropout inside the model; each micro-batch has its own stream.
     """
 
     max_steps: int
     accumulation: int = 1
-    learning_rate: float = 1e-3
     scheduler: str = "cosine"
     warmup_steps: int = 0
     max_grad_norm: float | None = None
     validation_steps: int | None = None
     spectrum_steps: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended.
+
+    Attributes:
+        steps: steps taken, skipped ones included.
+        skipped_steps: steps left out because a loss or gradient was not finite.
+        interrupted: a signal asked to stop; the adapter was saved.
+        last_loss: mean loss of the last step; NaN if there was none.
+        seconds: time in training steps, without validation.
+    """
+
+    steps: int
+    skipped_steps: int
+    interrupted: bool
+    last_loss: float
+    seconds: float

@@ -1,0 +1,51 @@
+"""Typed, validated settings. The command line and YAML are read here and nowhere else.
+
+Every setting has one name, the same on the command line (`--learning_rate 1e-3`) and in a file
+(`learning_rate: 1e-3`, given by `--config FILE.yaml`). Precedence: flag, then file, then default.
+"""
+
+from __future__ import annotations
+
+from dreamrie.config.reading import (
+    build_parser,
+    closest,
+    is_verbose,
+    make_config,
+    parse_config,
+    parse_yaml,
+    to_yaml,
+)
+from dreamrie.config.schema import (
+    GROUPS,
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    OutputSettings,
+    PriorSettings,
+    RunSettings,
+    ScheduleSettings,
+    TrainConfig,
+    ValidationSettings,
+)
+
+__all__ = [
+    "GROUPS",
+    "AdapterSettings",
+    "DataSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "OutputSettings",
+    "PriorSettings",
+    "RunSettings",
+    "ScheduleSettings",
+    "TrainConfig",
+    "ValidationSettings",
+    "build_parser",
+    "closest",
+    "is_verbose",
+    "make_config",
+    "parse_config",
+    "parse_yaml",
+    "to_yaml",
+]

@@ -1,0 +1,372 @@
+"""From words to `TrainConfig`: flags, YAML, precedence, and messages that say what to change."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from dreamrie.config.schema import GROUPS, TrainConfig
+from dreamrie.errors import ConfigError
+
+# A settings file is a page; anything longer was given by mistake.
+MAX_FILE_BYTES = 1_000_000
+
+
+def _fields() -> dict[str, tuple[str, FieldInfo]]:
+    """All settings: name to (group, field)."""
+    return {
+        name: (group, field)
+        for group, model in GROUPS.items()
+        for name, field in model.model_fields.items()
+    }
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """End of a message: the nearest known name, or nothing if none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "`--help` lists the settings."
+
+
+def _message(what: str, where: str, remedy: str) -> str:
+    """Three lines: what, where, what to do."""
+    return f"{what}\n  where: {where}\n  what to do: {remedy}"
+
+
+# ---------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: PyYAML's 1.1 rules read 1e-4 as text, `no` as False and 010 as 8."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _flat_mapping(node: yaml.Node | None, loader: _Loader, source: str) -> dict[str, Any]:
+    """Build the one mapping of a settings file; a second use of a key is an error."""
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(
+            _message(
+                "the settings file is not a list of `name: value` lines",
+                source,
+                "write one setting per line, named as the flags are: `rank: 4`",
+            )
+        )
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        where = f"{source}, line {key_node.start_mark.line + 1}"
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ConfigError(
+                _message(f"{key!r} is not the name of a setting", where, "use a flag's name")
+            )
+        if key in values:
+            raise ConfigError(_message(f"{key} is given twice", where, "keep one of the two lines"))
+        values[key] = loader.construct_object(value_node, deep=True)
+    return values
+
+
+def parse_yaml(text: str, source: str = "settings") -> dict[str, Any]:
+    """Read `name: value` lines with YAML 1.2 scalars.
+
+    Args:
+        text: contents of a settings file.
+        source: where the text comes from, for messages.
+
+    Returns:
+        Values by name, not yet checked.
+
+    Raises:
+        ConfigError: not YAML, not a flat mapping, a key twice, or a tag that builds objects.
+    """
+    try:
+        loader = _Loader(text)
+        return _flat_mapping(loader.get_single_node(), loader, source)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            _message(
+                f"the settings file cannot be read as YAML: {reason}",
+                source,
+                "write one `name: value` per line; put text with : or # in quotes",
+            )
+        ) from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Values of a settings file."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(
+                _message(
+                    f"the settings file is larger than {MAX_FILE_BYTES} bytes",
+                    str(path),
+                    "give a YAML file of settings to --config",
+                )
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            _message(
+                f"the settings file cannot be opened: {error}",
+                f"--config {path}",
+                "check the path and that it is UTF-8 text",
+            )
+        ) from error
+    return parse_yaml(text, str(path))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads."""
+
+
+# Quote by the rules of the reader, not by PyYAML's own: else the text "1e-4" would come back as a
+# number.
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *rules]
+    for first, rules in _Loader.yaml_implicit_resolvers.items()
+} | {
+    first: rules
+    for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    if first not in _Loader.yaml_implicit_resolvers
+}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Write a configuration so that `--config` reads the same one back."""
+    parts = ["# Settings of a dreamrie training; use with --config.\n"]
+    for group in GROUPS:
+        if group == "run":
+            continue
+        values = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in getattr(config, group)
+            if value is not None
+        }
+        if values:
+            text = yaml.dump(
+                values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000
+            )
+            parts.append(f"\n# {group}\n{text}")
+    return "".join(parts)
+
+
+# --------------------------------------------------------------------------------------- flags
+
+
+def _types(field: FieldInfo) -> tuple[Any, ...]:
+    """Types a field may take, without None."""
+    annotation: Any = field.annotation
+    choices = get_args(annotation)
+    if type(None) in choices:
+        return tuple(choice for choice in choices if choice is not type(None))
+    return (annotation,)
+
+
+def _base_type(annotation: Any) -> Any:
+    """`int` of Annotated[int, ...]."""
+    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _number(kind: type) -> Any:
+    """Argparse type that keeps what is not a number as text: the schema words the complaint."""
+
+    def convert(text: str) -> int | float | str:
+        try:
+            return int(text) if kind is int else float(text)
+        except ValueError:
+            return text
+
+    return convert
+
+
+def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
+    """One setting as a flag; a switch also gets --no_..., to overrule a file."""
+    kind = _base_type(_types(field)[0])
+    text = (field.description or "").replace("%", "%%")
+    default = field.get_default(call_default_factory=True)
+    if not field.is_required() and default not in (None, []) and kind is not bool:
+        text += f" (default: {default})"
+    flag, common = f"--{name}", {"dest": name, "default": argparse.SUPPRESS}
+    if kind is bool:
+        extra = ["-v"] if name == "verbose" else []
+        group.add_argument(*extra, flag, action="store_true", help=text, **common)
+        group.add_argument(f"--no_{name}", action="store_false", help=argparse.SUPPRESS, **common)
+    elif kind in (int, float):
+        group.add_argument(
+            flag, type=_number(kind), metavar=kind.__name__.upper(), help=text, **common
+        )
+    elif getattr(kind, "__origin__", None) is list:
+        group.add_argument(flag, nargs="+", metavar="TEXT", help=text, **common)
+    elif choices := get_args(kind):
+        metavar = "{" + ",".join(choices) + "}"
+        group.add_argument(flag, metavar=metavar, help=text, **common)
+    else:
+        metavar = "PATH" if kind is Path else "TEXT"
+        group.add_argument(flag, metavar=metavar, help=text, **common)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line made from the schema, one section of --help per group."""
+    parser = argparse.ArgumentParser(
+        prog="train_dreambooth.py",
+        usage="%(prog)s --instance_data_dir FOLDER --instance_prompt TEXT [settings]",
+        description="Train a concept from a few pictures with a low-rank adapter.",
+        epilog="Precedence: flag, then --config file, then default.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    for name, model in GROUPS.items():
+        section = parser.add_argument_group(name, (model.__doc__ or "").strip())
+        for setting, field in model.model_fields.items():
+            _add_flag(section, setting, field)
+        if name == "run":
+            section.add_argument(
+                "--config",
+                type=Path,
+                metavar="FILE.yaml",
+                help="settings by the same names, one `name: value` per line",
+                default=argparse.SUPPRESS,
+            )
+    return parser
+
+
+def _underscored(argument: str) -> str:
+    """--dry-run=x is --dry_run=x."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _parse_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Values of the flags that were given."""
+    try:
+        known, unknown = build_parser().parse_known_args([_underscored(word) for word in argv])
+    except argparse.ArgumentError as error:
+        raise ConfigError(
+            _message(str(error), "command line", "`--help` shows how to use it")
+        ) from error
+    if unknown:
+        word = unknown[0]
+        if not word.startswith("-"):
+            raise ConfigError(
+                _message(
+                    f"{word!r} belongs to no flag", "command line", "put text with blanks in quotes"
+                )
+            )
+        name = word.lstrip("-").partition("=")[0]
+        raise ConfigError(
+            _message(f"--{name} is not a setting", "command line", closest(name, _fields()))
+        )
+    return vars(known)
+
+
+def is_verbose(argv: Sequence[str]) -> bool:
+    """Whether tracebacks are wanted; asked before anything can fail."""
+    return "-v" in argv or "--verbose" in argv
+
+
+# ------------------------------------------------------------------------------------ checking
+
+
+def _explain(error: ValidationError, sources: dict[str, str]) -> str:
+    """First complaint of the schema in our words; the others by name."""
+    issues = error.errors(include_url=False)
+    first, fields = issues[0], _fields()
+    # Location: (group, setting, index...), (group, setting, type...) or () for a combination.
+    named = [str(part) for part in first["loc"][1:] if part in fields]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    name = named[0] if named else message.split(" ")[0].strip("'")
+    where = sources.get(name, "not given")
+    if first["type"] == "missing":
+        return _message(f"--{name} is missing", "command line", _describe(name))
+    if not named:
+        return _message(message, where, "change one of the two settings")
+    got = repr(first["input"])
+    what = f"{name} cannot be {got[:100]}: {message[:1].lower()}{message[1:]}"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        choices = [str(choice) for choice in get_args(_base_type(_types(fields[name][1])[0]))]
+        return _message(what, where, closest(first["input"], choices))
+    others = {str(part) for issue in issues for part in issue["loc"][1:] if part in fields} - {name}
+    more = f" (also wrong: {', '.join(sorted(others))})" if others else ""
+    return _message(what, where, _describe(name) + more)
+
+
+def _describe(name: str) -> str:
+    """What a setting is, from the schema."""
+    return f"give {name}: {_fields()[name][1].description}" if name in _fields() else "see --help"
+
+
+def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -> TrainConfig:
+    """Check values by setting name and fill in what follows from them.
+
+    Args:
+        values: setting name to value, as from YAML or flags.
+        sources: setting name to where it was given, for messages.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        ConfigError: an unknown name, a value out of range or of another type, a bad combination.
+    """
+    fields, sources = _fields(), sources or {}
+    nested: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name, value in values.items():
+        if name not in fields:
+            where = sources.get(name, "settings")
+            raise ConfigError(_message(f"{name} is not a setting", where, closest(name, fields)))
+        if value is None and not fields[name][1].is_required():
+            continue  # `variant:` with nothing after it is the default
+        nested[fields[name][0]][name] = value
+    try:
+        return TrainConfig.model_validate(nested).resolved()
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources)) from error
+
+
+def parse_config(argv: Sequence[str]) -> TrainConfig:
+    """Read the command line and the file it names; flag, then file, then default.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        ConfigError: anything about it that cannot work.
+    """
+    flags = _parse_flags(argv)
+    path = flags.pop("config", None)
+    values = _read_file(path) if path is not None else {}
+    sources = dict.fromkeys(values, str(path)) | {
+        name: f"--{name} on the command line" for name in flags
+    }
+    return make_config(values | flags, sources)

@@ -1,0 +1,294 @@
+"""What can be set, with type, range, default and one sentence each; the command line is made from this.
+
+Types are strict: `true` is not a number, `"7"` is not 7, NaN and infinity are never accepted. `None` as a default means
+that the value follows from the others; `TrainConfig` fills all of them in, so a resolved configuration hides nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# lora_B = 0: rank zero, a start that only factor-wise optimizers can leave.
+PLAIN_INITS = ("default", "gaussian")
+# These have a momentum of their own; AdamW and its relatives keep torch's betas.
+MOMENTUM_OPTIMIZERS = ("riemannion", "muon")
+DEFAULT_LEARNING_RATE = {
+    "riemannion": 1e-3,
+    "adamw": 1e-4,
+    "loraplus": 1e-4,
+    "scaledgd": 1e-4,
+    "muon": 1e-3,
+}
+
+
+def _no_blank(value: object) -> object:
+    """Refuse text without a visible character."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must not be empty")
+    if isinstance(value, str) and any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+        raise ValueError("must be valid text (it contains half a surrogate pair)")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+def _as_path(value: object) -> object:
+    """Text from a flag or a file becomes a path; anything else is left for the type check."""
+    value = _no_blank(value)
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
+def _as_list(value: object) -> object:
+    """One text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_no_blank)]
+PathText = Annotated[Path, BeforeValidator(_as_path)]
+Texts = Annotated[list[Text], BeforeValidator(_as_list)]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Group(BaseModel):
+    """Common rules of all groups: strict types, finite numbers, no unknown key, no change afterwards."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Group):
+    """The base model, which is never changed."""
+
+    pretrained_model_name_or_path: Text | None = Field(
+        None,
+        description="Hub id, short alias (sd2-base, sd2, sd2.1-base, sd2.1) or local diffusers folder; "
+        "default: the small model that comes with dreamrie, which is a toy",
+    )
+    revision: Text | None = Field(None, description="branch, tag or commit of the Hub repository")
+    variant: Text | None = Field(None, description="variant of the weight files, such as fp16")
+
+
+class DataSettings(Group):
+    """The pictures of the concept."""
+
+    instance_data_dir: PathText = Field(description="folder with the pictures of the concept")
+    instance_prompt: Text = Field(description='names the concept: "a photo of a sks dog"')
+    resolution: Count | None = Field(
+        None, description="side of the training pictures in pixels; default: the model's own"
+    )
+    center_crop: bool = Field(False, description="crop the middle instead of a random square")
+    random_flip: bool = Field(False, description="mirror half of the pictures left to right")
+    train_batch_size: Count = Field(4, description="pictures in one micro-batch")
+
+
+class PriorSettings(Group):
+    """Prior preservation: keep the class as it was while learning one member of it."""
+
+    with_prior_preservation: bool = Field(
+        False, description="also train on pictures that the base model makes of the class"
+    )
+    class_data_dir: PathText | None = Field(
+        None, description="folder of the class pictures; missing ones are made"
+    )
+    class_prompt: Text | None = Field(None, description='names the class: "a photo of a dog"')
+    prior_loss_weight: Amount = Field(1.0, description="weight of the class pictures in the loss")
+    num_class_images: Count = Field(100, description="how many class pictures to use")
+    sample_batch_size: Count = Field(4, description="class pictures made at a time")
+
+
+class AdapterSettings(Group):
+    """The low-rank change of each attention layer."""
+
+    rank: Count = Field(4, description="rank of the trained change of a layer")
+    init: Literal["loi", "orthonormal", "default", "gaussian", "pissa", "olora", "orthogonal"] = (
+        Field(
+            "loi",
+            description="start of the adapter. loi: locally optimal, from gradients; orthonormal: "
+            "random; pissa, olora, orthogonal: as in PEFT, over an untouched base; default, "
+            "gaussian: PEFT's zero change, not for riemannion",
+        )
+    )
+    start_scale: float | None = Field(
+        None,
+        description="singular value of the loi start, not 0; default 0.1 / sqrt(rank)",
+    )
+    loi_estimator: Literal["mean_gradient", "sketch", "backprop_rsvd"] = Field(
+        "mean_gradient", description="how loi estimates the gradient of the whole matrix"
+    )
+    loi_batches: Count = Field(32, description="micro-batches that loi averages over")
+
+    @property
+    def attach_init(self) -> str:
+        """Start to attach with: locally optimal initialization replaces a random anchored one."""
+        return "orthonormal" if self.init == "loi" else self.init
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the start is a point of the manifold, balanced by a frozen copy of itself."""
+        return self.init not in PLAIN_INITS
+
+
+class OptimizerSettings(Group):
+    """How a step is made from gradients."""
+
+    optimizer: Literal["riemannion", "adamw", "loraplus", "scaledgd", "muon"] = Field(
+        "riemannion",
+        description="riemannion: Muon on the fixed-rank manifold; adamw, muon: torch's, on the "
+        "factors; loraplus, scaledgd: PEFT's variants of AdamW",
+    )
+    learning_rate: Positive | None = Field(
+        None,
+        description="peak; for riemannion the spectral norm of the change of a layer per step; "
+        "default 1e-3 (riemannion, muon) or 1e-4",
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="riemannion, muon only; default 0.9 (muon 0.95)"
+    )
+    weight_decay: Amount = Field(
+        0.0, description="decoupled decay; with riemannion it shrinks the change of the model"
+    )
+    max_grad_norm: Amount | None = Field(
+        None,
+        description="clip the global gradient norm (riemannion: of the tangent gradient); 0: do "
+        "not clip; default 1.0, for riemannion and muon 0",
+    )
+
+
+class ScheduleSettings(Group):
+    """How long and how fast."""
+
+    max_train_steps: Count = Field(400, description="optimizer steps")
+    gradient_accumulation_steps: Count = Field(1, description="micro-batches per optimizer step")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="shape after the warm-up; linear and cosine end at 0"
+    )
+    lr_warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="optimizer steps of linear warm-up; default 20, at most a tenth of all"
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="precision of the forward pass; adapter and optimizer stay fp32"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="decides pictures, noise, timesteps, start and samples"
+    )
+
+
+class ValidationSettings(Group):
+    """Pictures to look at on the way."""
+
+    validation_prompt: Texts = Field(
+        default_factory=list, description="one or more prompts; none: no validation"
+    )
+    num_validation_images: Count = Field(4, description="pictures per prompt")
+    validation_steps: Count = Field(
+        100, description="make them before training, every so many steps, and at the end"
+    )
+    num_inference_steps: Count = Field(25, description="sampling steps of a picture")
+    guidance_scale: Amount = Field(7.5, description="classifier-free guidance")
+
+
+class OutputSettings(Group):
+    """What is written, and where."""
+
+    output_dir: PathText = Field(
+        Path("runs/dreambooth"), description="folder for the adapter, samples, settings and metrics"
+    )
+    report_to: Literal["none", "tensorboard"] = Field(
+        "none", description="metrics.jsonl is always written; this adds TensorBoard"
+    )
+    logging_dir: PathText = Field(
+        Path("logs"), description="TensorBoard folder, relative to the output folder"
+    )
+    spectrum_steps: Count = Field(
+        10, description="write the singular values to spectrum.jsonl every so many steps"
+    )
+
+
+class RunSettings(Group):
+    """How this one command behaves; not part of the recorded configuration."""
+
+    dry_run: bool = Field(False, description="check everything, say what would happen, and stop")
+    verbose: bool = Field(False, description="log more, and show tracebacks")
+
+
+GROUPS: dict[str, type[Group]] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "prior": PriorSettings,
+    "adapter": AdapterSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "validation": ValidationSettings,
+    "output": OutputSettings,
+    "run": RunSettings,
+}
+
+
+class TrainConfig(Group):
+    """All settings of one training, resolved: no value is left to be guessed later."""
+
+    model: ModelSettings
+    data: DataSettings
+    prior: PriorSettings
+    adapter: AdapterSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    validation: ValidationSettings
+    output: OutputSettings
+    run: RunSettings
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainConfig:
+        """Refuse what is fine alone but not together; the first word of a message is the setting."""
+        name, adapter, prior = self.optimizer.optimizer, self.adapter, self.prior
+        if name == "riemannion" and not adapter.is_anchored:
+            raise ValueError(
+                f"init {adapter.init!r} starts from a change of rank 0, which is not a point of "
+                "the manifold that riemannion moves on; use --init loi (or orthonormal, pissa), "
+                "or --optimizer adamw"
+            )
+        if adapter.start_scale == 0:
+            raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
+        if adapter.start_scale is not None and adapter.init != "loi":
+            raise ValueError(f"start_scale is a setting of init loi, not of init {adapter.init}")
+        if self.optimizer.momentum is not None and name not in MOMENTUM_OPTIMIZERS:
+            raise ValueError(
+                f"momentum is not a setting of {name}; leave it out, "
+                f"or use --optimizer {MOMENTUM_OPTIMIZERS[0]}"
+            )
+        if prior.with_prior_preservation and not (prior.class_data_dir and prior.class_prompt):
+            missing = "class_prompt" if prior.class_data_dir else "class_data_dir"
+            raise ValueError(f"{missing} must be given together with with_prior_preservation")
+        warmup, steps = self.schedule.lr_warmup_steps, self.schedule.max_train_steps
+        if warmup is not None and warmup > steps:
+            raise ValueError(
+                f"lr_warmup_steps is {warmup}, more than the whole run (max_train_steps {steps})"
+            )
+        return self
+
+    def resolved(self) -> TrainConfig:
+        """Fill in every value that follows from others."""
+        name, rank = self.optimizer.optimizer, self.adapter.rank
+        steps = self.schedule.max_train_steps
+        follow: dict[str, dict[str, object]] = {
+            "optimizer": {
+                "learning_rate": DEFAULT_LEARNING_RATE[name],
+                "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
+                "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
+            },
+            "adapter": {"start_scale": 0.1 / rank**0.5 if self.adapter.init == "loi" else None},
+            "schedule": {"lr_warmup_steps": min(20, steps // 10)},
+        }
+        changed = {}
+        for group, values in follow.items():
+            settings: Group = getattr(self, group)
+            missing = {key: v for key, v in values.items() if getattr(settings, key) is None}
+            changed[group] = settings.model_copy(update=missing)
+        return self.model_copy(update=changed)

@@ -1,0 +1,312 @@
+"""What a run leaves behind: metrics, spectra, a progress line, and a manifest to repeat it.
+
+    metrics.jsonl    one JSON object a line: a training step, or the scores of a validation
+    spectrum.jsonl   singular values of every adapted layer, every few steps
+    config.yaml      the resolved settings; itself a valid --config
+    run.json         exact command, seeds, versions
+
+JSON has no NaN: a number that is not finite is written as null, and the record says why the step was skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from dreamrie.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+RECORDED_PACKAGES = (
+    "dreamrie",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves either the old one or the new one, never a part.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of it.
+
+    Raises:
+        CheckpointError: the file cannot be written; nothing is left beside it.
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be written ({len(content)} bytes): {error}\n"
+            f"  where: {path}\n"
+            "  what to do: check free space and permissions; what was there before is intact"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Permission bits that new files lack; the system only tells by setting them."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; not every system can open a folder."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_output_dir(folder: Path) -> None:
+    """Say before any work whether results could be written; creates nothing.
+
+    Args:
+        folder: where the run is to write; it may not exist yet.
+
+    Raises:
+        ConfigError: it or a folder above it is a file, or it may not be written.
+    """
+    existing = folder
+    try:
+        while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            reason = "it is a file" if existing == folder else f"{existing} is a file"
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            reason = f"{existing} is read-only"
+        else:
+            return
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f"the output folder cannot be used: {reason}\n"
+        f"  where: --output_dir {folder}\n"
+        "  what to do: name a folder that does not exist yet, or one that may be written"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The same value with every number that JSON lacks replaced by None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def package_versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def code_version() -> str:
+    """Commit of the checkout this module runs from, "+" when it was edited; "" outside of one."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return ""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+class RunLog:
+    """Writer of one run's records; a context manager, so that the files are closed whatever happens.
+
+    Args:
+        output_dir: folder of the run; created if needed. None: write nothing (not the main process, tests).
+        total_steps: length of the progress bar.
+        quiet: no progress bar; None: none unless standard error is a terminal.
+        tensorboard_dir: write TensorBoard events there; None: do not.
+
+    Raises:
+        ConfigError: the folder cannot be created, or TensorBoard is asked for but not installed.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path | None,
+        total_steps: int,
+        *,
+        quiet: bool | None = None,
+        tensorboard_dir: Path | None = None,
+    ) -> None:
+        self.output_dir = output_dir
+        self._metrics: IO[str] | None = None
+        self._spectrum: IO[str] | None = None
+        self._board: Any = None
+        self._bar: Any = None
+        self._last_loss: float | None = None
+        if output_dir is not None:
+            self._open(output_dir, tensorboard_dir)
+        hidden = not sys.stderr.isatty() if quiet is None else quiet
+        if not hidden and output_dir is not None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def _open(self, folder: Path, tensorboard_dir: Path | None) -> None:
+        """Create the folder and the files; a run starts with empty records."""
+        check_output_dir(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+            self._spectrum = (folder / "spectrum.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"the output folder cannot be used: {error}\n"
+                f"  where: --output_dir {folder}\n"
+                "  what to do: name another folder, or free the files in it"
+            ) from error
+        if tensorboard_dir is not None:
+            self._board = _open_tensorboard(folder / tensorboard_dir)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close everything; may be called twice."""
+        for stream in (self._metrics, self._spectrum, self._board, self._bar):
+            if stream is not None:
+                stream.close()
+        self._metrics = self._spectrum = self._board = self._bar = None
+
+    def manifest(
+        self, config_yaml: str, seeds: Mapping[str, int], facts: Mapping[str, Any]
+    ) -> None:
+        """Write config.yaml and run.json.
+
+        Args:
+            config_yaml: resolved settings.
+            seeds: by purpose.
+            facts: anything else that decides the result, such as the resolved base model.
+        """
+        if self.output_dir is None:
+            return
+        record = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join([sys.executable, *sys.argv]),
+            "folder": str(Path.cwd()),
+            "seeds": dict(seeds),
+            "versions": package_versions(),
+            "code": code_version(),
+            "platform": platform.platform(),
+            **facts,
+        }
+        write_atomic(self.output_dir / "config.yaml", config_yaml.encode())
+        text = json.dumps(
+            _finite(record), indent=2, ensure_ascii=False, allow_nan=False, default=str
+        )
+        write_atomic(self.output_dir / "run.json", (text + "\n").encode())
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Record one training step and move the progress bar.
+
+        Args:
+            record: has "step", "loss", "lr", "grad_norm", "steps_per_s", "skipped" (reason or None).
+        """
+        self._write(self._metrics, record)
+        self._plot({name: record[name] for name in ("loss", "lr", "grad_norm")}, record["step"])
+        if self._bar is not None:
+            # tqdm itself shows steps/s and ETA.
+            self._bar.set_postfix(
+                {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.1e}"}, refresh=False
+            )
+            self._bar.update(1)
+
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of a validation."""
+        self._write(self._metrics, {"step": step, "validation": dict(scores)})
+        self._plot({f"validation/{name}": value for name, value in scores.items()}, step)
+
+    def spectrum(self, step: int, **values: Mapping[str, Sequence[float]]) -> None:
+        """Record singular values.
+
+        Args:
+            step: optimizer steps so far.
+            values: kind ("point", "change") to layer name to singular values, largest first.
+        """
+        self._write(self._spectrum, {"step": step, **values})
+
+    def _write(self, stream: IO[str] | None, record: Mapping[str, Any]) -> None:
+        """One line, at once on its way to the disk."""
+        if stream is not None:
+            stream.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+            stream.flush()
+
+    def _plot(self, values: Mapping[str, Any], step: int) -> None:
+        """Hand finite numbers to TensorBoard."""
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._board.add_scalar(name, value, step)
+
+
+def _open_tensorboard(folder: Path) -> Any:
+    """Writer of TensorBoard events."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "TensorBoard is not installed\n"
+            "  where: --report_to tensorboard\n"
+            "  what to do: pip install tensorboard, or leave --report_to out; metrics.jsonl has it all"
+        ) from error
+    return SummaryWriter(str(folder))

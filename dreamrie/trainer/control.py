@@ -1,0 +1,108 @@
+"""Around a step: device and precision, the learning rate's shape, random streams, stopping."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from dreamrie.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(mixed_precision: str = "no") -> Accelerator:
+    """Choose device and precision: the GPU if there is one, else the CPU.
+
+    Args:
+        mixed_precision: "no", "fp16" or "bf16".
+
+    Raises:
+        ConfigError: this machine cannot compute in that precision.
+    """
+    # accelerate refuses a second precision in one process; a page that runs several jobs needs it.
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(mixed_precision=mixed_precision)
+    except ValueError as error:
+        raise ConfigError(
+            f"{mixed_precision} cannot be used on this machine: {error}\n"
+            "  where: --mixed_precision\n"
+            "  what to do: use bf16, or no"
+        ) from error
+
+
+def derive_seed(*parts: int) -> int:
+    """Seed of the stream named by some integers; other integers give an unrelated stream."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def schedule_factor(scheduler: str, done: int, max_steps: int, warmup_steps: int = 0) -> float:
+    """Part of the peak learning rate that holds after `done` optimizer steps.
+
+    Args:
+        scheduler: "constant", "linear" or "cosine".
+        done: optimizer steps taken so far; `max_steps` gives the end value.
+        max_steps: length of the run.
+        warmup_steps: the factor climbs in a line and is 1 after this many; never 0, as a step
+            with learning rate 0 is a step lost.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if done < warmup_steps:
+        return (done + 1) / (warmup_steps + 1)
+    progress = (done - warmup_steps) / max(1, max_steps - warmup_steps)
+    if scheduler == "constant":
+        return 1.0
+    if scheduler == "linear":
+        return 1.0 - progress
+    if scheduler == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ConfigError(f"scheduler {scheduler!r} is unknown; use constant, linear or cosine")
+
+
+@contextmanager
+def own_random_stream(device: torch.device, seed: int) -> Iterator[None]:
+    """Dropout in the model draws from its own stream; the caller's state comes back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+class StopRequest:
+    """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning("Stopping after this step; once more to stop at once without saving.")
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,249 @@
+"""The one training loop. It knows what it trains only as a `Task`.
+
+One step, in this order: micro-batches (each loss divided by their number) -> mean over processes -> unscale (fp16) ->
+gradient norm -> skip if anything is not finite -> clip -> optimizer step -> schedule -> records.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dreamrie.errors import NumericalError
+from dreamrie.fixed_rank import point_from_factors
+from dreamrie.lora import LoraPair
+from dreamrie.riemannion import Riemannion
+from dreamrie.runlog import RunLog
+from dreamrie.trainer.control import (
+    StopRequest,
+    derive_seed,
+    make_accelerator,
+    own_random_stream,
+    schedule_factor,
+)
+from dreamrie.trainer.task import LoopSettings, Task, TrainResult
+
+logger = logging.getLogger(__name__)
+
+# Skipped steps in a row before the run is given up. fp16 finds its loss scale by overflowing: from 2^16 down.
+MAX_SKIPS, MAX_SKIPS_FP16 = 3, 20
+
+
+class _Loop:
+    """State of one training: the optimizer in its wrapper, counters."""
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: Optimizer,
+        settings: LoopSettings,
+        log: RunLog,
+        accelerator: Accelerator,
+    ) -> None:
+        self.task, self.optimizer, self.settings = task, optimizer, settings
+        self.log, self.accelerator = log, accelerator
+        self.stepper = accelerator.prepare_optimizer(optimizer)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # Every group keeps its own peak: LoRA+ has two.
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.skipped, self.skips_in_a_row = 0, 0
+        self.last_loss, self.seconds = math.nan, 0.0
+        self.max_skips = MAX_SKIPS if accelerator.scaler is None else MAX_SKIPS_FP16
+
+    def set_learning_rate(self, done: int) -> None:
+        """Learning rate that holds after `done` steps; the schedule counts steps, not batches."""
+        s = self.settings
+        factor = schedule_factor(s.scheduler, done, s.max_steps, s.warmup_steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+
+    def micro_number(self, index: int) -> int:
+        """Number of this process's micro-batch: k on one process are the same as k/2 on two."""
+        return index * self.accelerator.num_processes + self.accelerator.process_index
+
+    def accumulate(self, step: int) -> Tensor:
+        """Gradients of the mean loss over all micro-batches of all processes; returns that mean."""
+        count, total = self.settings.accumulation, torch.zeros((), dtype=torch.float64)
+        for index in range(count):
+            micro = self.micro_number(index)
+            batch = self.task.batch(step, micro)
+            seed = derive_seed(self.settings.seed, step, micro)
+            with own_random_stream(self.accelerator.device, seed), self.accelerator.autocast():
+                loss = self.task.loss(batch)
+            self.accelerator.backward(loss / count)
+            total = total.to(loss.device) + loss.detach() / count
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, reduction="mean")
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
+        return total
+
+    def gradient_norm(self) -> Tensor:
+        """Norm that is logged and clipped: of the tangent gradients, or of all factor gradients.
+
+        With an anchor the factor norm would count the frozen half as well, a factor sqrt(2) at the
+        start (algorithms.md section 3); the tangent norm has no such part.
+        """
+        if isinstance(self.optimizer, Riemannion):
+            return torch.as_tensor(self.optimizer.tangent_grad_norm())
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def step(self, step: int) -> None:
+        """One optimizer step: accumulate, unscale, check, clip, step, schedule, record."""
+        started = time.perf_counter()
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        loss = self.accumulate(step)
+        self.accelerator.unscale_gradients(self.stepper)
+        norm = self.gradient_norm()
+        loss_value, norm_value = float(loss), float(norm)
+        skip = None
+        if not math.isfinite(loss_value):
+            skip = "loss"
+        elif not math.isfinite(norm_value):
+            skip = "gradient"
+        elif self.settings.max_grad_norm is not None:
+            limit = self.settings.max_grad_norm
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm.to(loss.device))
+        if skip is None or self.accelerator.scaler is not None:
+            # With a loss scale this step does nothing but lower the scale when it overflowed.
+            self.stepper.step()
+        self.stepper.zero_grad()
+        self.set_learning_rate(step)
+        duration = time.perf_counter() - started
+        self.seconds += duration
+        self.last_loss = loss_value
+        self.log.step(
+            {
+                "step": step,
+                "loss": loss_value,
+                "lr": learning_rate,
+                "grad_norm": norm_value,
+                "steps_per_s": round(1 / duration, 3),
+                "skipped": skip,
+            }
+        )
+        self.guard(step, skip, loss_value, learning_rate, norm_value)
+
+    def guard(self, step: int, skip: str | None, loss: float, lr: float, norm: float) -> None:
+        """Count a skipped step and say what was in it; give up when it does not stop."""
+        if skip is None:
+            self.skips_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skips_in_a_row += 1
+        micros = [self.micro_number(index) for index in range(self.settings.accumulation)]
+        content = "; ".join(self.task.describe(self.task.batch(step, micro)) for micro in micros)
+        facts = f"loss {loss}, lr {lr:.3g}, gradient norm {norm}, batch: {content}"
+        logger.warning("Step %d skipped: %s is not finite (%s)", step, skip, facts)
+        if self.skips_in_a_row >= self.max_skips:
+            raise NumericalError(
+                f"the {skip} was not finite {self.skips_in_a_row} times in a row\n"
+                f"  where: step {step}, {facts}\n"
+                "  what to do: look at the named pictures, lower --learning_rate, or use bf16 or "
+                "no for --mixed_precision; no adapter was written"
+            )
+
+    def validate(self, step: int) -> None:
+        """Samples and scores of the present model."""
+        if self.log.output_dir is not None:
+            with torch.no_grad():
+                scores = self.task.validate(step, self.log.output_dir / "samples")
+            self.task.model.train()
+            if scores:
+                self.log.scores(step, scores)
+        self.accelerator.wait_for_everyone()
+
+    def record_spectrum(self, step: int) -> None:
+        """Singular values of the change of every layer, and of the moving point if there is one."""
+        values = {"change": change_spectra(self.task.pairs)}
+        if isinstance(self.optimizer, Riemannion):
+            values["point"] = {name: s.tolist() for name, s in self.optimizer.spectra().items()}
+        self.log.spectrum(step, **values)
+
+    def run(self) -> TrainResult:
+        """All steps, then the final save, also when a signal ends it early."""
+        s, step = self.settings, 0
+        self.task.model.train()
+        self.set_learning_rate(0)
+        with StopRequest() as stop:
+            for step in range(s.max_steps + 1):
+                if step > 0:
+                    self.step(step)
+                last = step == s.max_steps or stop.asked
+                if s.spectrum_steps and (step % s.spectrum_steps == 0 or last):
+                    self.record_spectrum(step)
+                if (
+                    s.validation_steps
+                    and (step % s.validation_steps == 0 or last)
+                    and not stop.asked
+                ):
+                    self.validate(step)
+                if stop.asked:
+                    break
+            self.save(step)
+        self.accelerator.free_memory()
+        return TrainResult(step, self.skipped, stop.asked, self.last_loss, self.seconds)
+
+    def save(self, step: int) -> None:
+        """Write the adapter; only the main process does."""
+        if self.log.output_dir is not None:
+            facts = {"steps": str(step), "optimizer": type(self.optimizer).__name__.lower()}
+            self.task.save(self.log.output_dir, facts)
+        self.accelerator.wait_for_everyone()
+
+
+def change_spectra(pairs: Sequence[LoraPair]) -> dict[str, list[float]]:
+    """Singular values of each layer's whole change, largest first; anchor included.
+
+    Layers of one shape are stacked: one small SVD per shape, no (out, in) matrix.
+    """
+    by_shape: dict[tuple[Any, ...], list[LoraPair]] = defaultdict(list)
+    for pair in pairs:
+        left, right = pair.left_matrix(), pair.right_matrix()
+        by_shape[(*left.shape, right.shape[1], pair.scaling)].append(pair)
+    found: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for (*_, scaling), members in by_shape.items():
+            left = torch.stack([pair.left_matrix().detach().float() for pair in members])
+            right = torch.stack([pair.right_matrix().detach().float() for pair in members])
+            values = point_from_factors(left, right, scaling).s.tolist()
+            found |= {pair.name: s for pair, s in zip(members, values, strict=True)}
+    return {pair.name: found[pair.name] for pair in pairs}
+
+
+def train(
+    task: Task,
+    optimizer: Optimizer,
+    settings: LoopSettings,
+    log: RunLog,
+    accelerator: Accelerator | None = None,
+) -> TrainResult:
+    """Train, validate on the way, save at the end; also after Ctrl-C, which finishes the step.
+
+    Args:
+        task: what is trained; its model is already on the accelerator's device.
+        optimizer: over the task's pairs; its `lr` is the peak of the schedule.
+        settings: length, schedule, clipping, intervals.
+        log: open; its folder also gets the samples and the adapter. Without a folder (every process
+            but the main one) nothing is written.
+        accelerator: from `make_accelerator`; None makes one in full precision.
+
+    Returns:
+        What happened.
+
+    Raises:
+        NumericalError: loss or gradient was not finite three times in a row; nothing is saved.
+        ConfigError: an unknown schedule.
+    """
+    return _Loop(task, optimizer, settings, log, accelerator or make_accelerator()).run()
