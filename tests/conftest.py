@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import socket
 import typing
@@ -27,13 +26,8 @@ from tests.mutants.summary import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
 
-SHAPE_CHECKED = (
-    "dreamrie.fixed_rank",
-    "dreamrie.riemannion_step",
-    "dreamrie.riemannion",
-    "dreamrie.loi",
-)
-"""Modules that use torch alone and whose annotations carry shapes."""
+SHAPE_CHECKED = ("dreamrie.fixed_rank", "dreamrie.riemannion_step")
+"""The pure functions of the method: torch alone, and annotations that carry shapes."""
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("desk", max_examples=25, deadline=None, suppress_health_check=_QUIET)
@@ -65,8 +59,7 @@ def _load_with_shape_checks() -> None:
     try:
         with jaxtyping.install_import_hook(list(SHAPE_CHECKED), "beartype.beartype"):
             for name in SHAPE_CHECKED:
-                if importlib.util.find_spec(name):
-                    importlib.import_module(name)
+                importlib.import_module(name)
     finally:
         typing.TYPE_CHECKING = False
 
