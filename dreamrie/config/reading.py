@@ -256,18 +256,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _underscored(argument: str) -> str:
-    """--dry-run=x is --dry_run=x."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+def _normalized(argv: Sequence[str]) -> list[str]:
+    """--dry-run is --dry_run; `--x -1e-3` is `--x=-1e-3`, which argparse takes for a flag."""
+    words: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            words.append("--" + name[2:].replace("-", "_") + equals + value)
+        elif re.match(r"-[.0-9]", word) and words and re.fullmatch(r"--\w+", words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _parse_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Values of the flags that were given."""
     try:
-        known, unknown = build_parser().parse_known_args([_underscored(word) for word in argv])
+        known, unknown = build_parser().parse_known_args(_normalized(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(
             _message(str(error), "command line", "`--help` shows how to use it")
