@@ -6,6 +6,7 @@ turned photos, hidden colors behind alpha, 16-bit pictures clipped to white, a b
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 import zlib
@@ -208,3 +209,46 @@ def _what_it_is(path: Path) -> str:
     if size == 0:
         return "the file is empty"
     return f"{size} bytes, none of {', '.join(_FORMATS)}"
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture so that `path` is either whole or not there.
+
+    Args:
+        image: any mode that PNG holds.
+        path: where to; its folder must exist.
+
+    Raises:
+        ImageError: it cannot be written; what lay at `path` before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            image.save(file, format="PNG")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ImageError(f"{path} cannot be written: {error}.") from error
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int, gap_px: int = 4) -> Image.Image:
+    """Lay pictures of one size out in rows.
+
+    Args:
+        images: at least one, left to right, top to bottom.
+        columns: pictures in a row.
+        gap_px: white space between them, in pixels.
+
+    Returns:
+        One RGB picture.
+    """
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    size = (columns * (width + gap_px) - gap_px, rows * (height + gap_px) - gap_px)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        sheet.paste(image, (column * (width + gap_px), row * (height + gap_px)))
+    return sheet

@@ -1,0 +1,138 @@
+"""Class pictures for prior preservation: count them, check them, make exactly what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+
+from dreamrie.diffusion.images import list_images, load_image, load_images, save_png
+from dreamrie.diffusion.pipeline import Components, check_prompt, sample
+from dreamrie.diffusion.streams import derive_seed
+from dreamrie.errors import ConfigError, ImageError
+
+_log = logging.getLogger(__name__)
+
+_MANIFEST = "class_images.json"
+
+
+def ensure_class_images(
+    components: Components,
+    prompt: str,
+    directory: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 4,
+    steps: int = 30,
+    guidance_scale: float = 7.5,
+) -> list[Path]:
+    """Make sure that `count` pictures of the class exist.
+
+    Pictures that lie directly in `directory` are the user's own and are used first, whatever the prompt. Made
+    pictures live in a subfolder whose name depends on everything that shapes them (prompt, model, sampler, seed), so
+    that another prompt never gets them. Each has its own seed: a lost one comes back the same.
+
+    Args:
+        components: the base model; adapters that it carries must change nothing.
+        prompt: names the class.
+        directory: --class_data_dir; made if missing.
+        count: pictures wanted.
+        seed: of the run.
+        batch_size: pictures made at a time.
+        steps: denoising steps.
+        guidance_scale: weight of classifier-free guidance.
+
+    Returns:
+        Exactly `count` paths: own pictures in the order of their names, then made ones.
+
+    Raises:
+        ConfigError: the prompt is empty or `directory` cannot hold pictures.
+    """
+    check_prompt(components.tokenizer, prompt, "--class_prompt")
+    own = own_class_images(directory)[:count]
+    settings = {
+        "prompt": prompt,
+        "model": components.source.resolved,
+        "commit": components.source.commit,
+        "resolution": components.resolution,
+        "sampler": "ddim",
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
+    folder = directory / folder_name(settings)
+    wanted = [folder / f"class-{index:05d}.png" for index in range(count - len(own))]
+    missing = [index for index, path in enumerate(wanted) if not _is_picture(path)]
+    if missing:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+            (folder / _MANIFEST).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--class_data_dir {directory} cannot be written: {error}."
+            ) from error
+        _log.info("making %d of %d class pictures in %s", len(missing), count, folder)
+    for start in range(0, len(missing), batch_size):
+        chunk = missing[start : start + batch_size]
+        pictures = sample(
+            components,
+            [prompt] * len(chunk),
+            [derive_seed(seed, "class-image", index) for index in chunk],
+            steps=steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+        )
+        for index, picture in zip(chunk, pictures, strict=True):
+            save_png(picture, wanted[index])
+    return [*own, *wanted]
+
+
+def own_class_images(directory: Path) -> list[Path]:
+    """The user's own class pictures, directly inside --class_data_dir.
+
+    Args:
+        directory: --class_data_dir; need not exist.
+
+    Returns:
+        Paths sorted by name; every one has been decoded.
+
+    Raises:
+        ConfigError: `directory` is a file.
+    """
+    if not directory.exists():
+        return []
+    if not directory.is_dir():
+        raise ConfigError(f"--class_data_dir {directory} is a file, not a folder.")
+    paths = list_images(directory)
+    load_images(paths)
+    return paths
+
+
+def folder_name(settings: dict[str, object]) -> str:
+    """Name the subfolder for one way of making class pictures.
+
+    Args:
+        settings: everything that shapes the pictures, "prompt" among it.
+
+    Returns:
+        A readable beginning and a digest, safe on every file system.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()
+    words = re.sub(r"[^a-z0-9]+", "-", str(settings["prompt"]).lower()).strip("-")[:40]
+    return f"{words or 'class'}-{digest[:12]}"
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a made picture is there and whole; a damaged one is ours, so it may be replaced."""
+    if not path.exists():
+        return False
+    try:
+        load_image(path)
+    except ImageError as error:
+        _log.warning("%s It is made again.", error)
+        return False
+    return True

@@ -1,0 +1,354 @@
+"""DreamBooth as the training loop sees it: batches, the denoising loss, samples, the adapter file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamrie.adapter_file import save_diffusers_lora
+from dreamrie.diffusion.data import ConceptSet, PictureSet, View
+from dreamrie.diffusion.images import contact_sheet, save_png
+from dreamrie.diffusion.pipeline import (
+    Components,
+    Posterior,
+    check_prompt,
+    encode_posterior,
+    encode_prompts,
+    sample,
+)
+from dreamrie.diffusion.streams import derive_seed, stream_generator
+from dreamrie.errors import ConfigError
+from dreamrie.lora import LoraPair
+
+_log = logging.getLogger(__name__)
+
+_ENCODE_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch with everything random already drawn, so that its loss is a fixed function.
+
+    Attributes:
+        latents: clean latents x0, (batch, channels, height, width), fp32.
+        noise: standard normal, same shape.
+        timesteps: (batch,), integers below the number of training timesteps.
+        text: embeddings of the prompts, (batch, tokens, width).
+        weights: (batch,), what each picture counts in the loss.
+        names: what each row shows, for messages.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    text: Tensor
+    weights: Tensor
+    names: tuple[str, ...]
+
+
+class LatentCache:
+    """Latents of one picture set: encoded once if the views can be counted, on demand otherwise.
+
+    Args:
+        vae: encodes; not used again after construction when `is_complete`.
+        pictures: the set.
+    """
+
+    def __init__(self, vae: Any, pictures: PictureSet) -> None:
+        self._vae = vae
+        self._pictures = pictures
+        self._stored: dict[View, Posterior] = {}
+        views = pictures.views()
+        self.is_complete = views is not None
+        for start in range(0, len(views or ()), _ENCODE_BATCH):
+            chunk = (views or [])[start : start + _ENCODE_BATCH]
+            posterior = self._encode(chunk)
+            for row, view in enumerate(chunk):
+                self._stored[view] = Posterior(posterior.mean[row].cpu(), posterior.std[row].cpu())
+
+    def posterior(self, view: View) -> Posterior:
+        """Mean and standard deviation for one view, (channels, height, width), on the CPU."""
+        if view in self._stored:
+            return self._stored[view]
+        mean, std = self._encode([view])
+        return Posterior(mean[0].cpu(), std[0].cpu())
+
+    def _encode(self, views: Sequence[View]) -> Posterior:
+        """Posterior of a stack of views."""
+        return encode_posterior(
+            self._vae, torch.stack([self._pictures.pixels(view) for view in views])
+        )
+
+
+class DreamBoothTask:
+    """Fine-tune a U-Net on the pictures of a concept; implements `dreamrie.trainer.Task`.
+
+    Loss of a micro-batch: mean over the concept's pictures plus `prior_loss_weight` times the mean over the class
+    pictures, each the mean squared error of the U-Net against epsilon or v, as its scheduler says.
+
+    Everything random about a picture is drawn from (seed, stream, position), where position counts pictures since the
+    start. Four micro-batches of one picture are therefore the same as one micro-batch of four, and class pictures
+    never disturb what the concept's pictures draw.
+
+    Args:
+        components: the model; its U-Net carries the adapters.
+        pairs: the adapted layers.
+        concept: the pictures.
+        batch_size: pictures of the concept in a micro-batch; as many class pictures are added to it.
+        seed: of the run.
+        samples_per_step: pictures of the concept in one optimizer step, all micro-batches together; default one
+            micro-batch. It places the steps one after the other in the stream.
+        prior_loss_weight: weight of the class pictures.
+        gradient_checkpointing: recompute activations of the U-Net in the backward pass.
+        validation_prompts: what to draw while training.
+        num_validation_images: pictures for each of them; the seeds are the same at every step.
+        inference_steps: denoising steps of a sample.
+        guidance_scale: classifier-free guidance of a sample.
+
+    Attributes:
+        name: "dreambooth".
+        model: the U-Net.
+        pairs: as given.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        pairs: Sequence[LoraPair],
+        concept: ConceptSet,
+        *,
+        batch_size: int,
+        seed: int,
+        samples_per_step: int | None = None,
+        prior_loss_weight: float = 1.0,
+        gradient_checkpointing: bool = False,
+        validation_prompts: Sequence[str] = (),
+        num_validation_images: int = 4,
+        inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"--train_batch_size must be at least 1, got {batch_size}.")
+        _check_resolution(components, concept.resolution)
+        for flag, prompts in (
+            ("--instance_prompt", [concept.instance.prompt]),
+            ("--class_prompt", [concept.prior.prompt] if concept.prior else []),
+            ("--validation_prompt", validation_prompts),
+        ):
+            for prompt in prompts:
+                check_prompt(components.tokenizer, prompt, flag)
+        self.name = "dreambooth"
+        self.model = components.unet
+        self.pairs = list(pairs)
+        self.components = components
+        self.concept = concept
+        self._batch_size = batch_size
+        self._seed = seed
+        self._samples_per_step = samples_per_step or batch_size
+        self._prior_loss_weight = prior_loss_weight
+        self._validation_prompts = list(validation_prompts)
+        self._num_validation_images = num_validation_images
+        self._inference_steps = inference_steps
+        self._guidance_scale = guidance_scale
+        if gradient_checkpointing:
+            components.unet.enable_gradient_checkpointing()
+        self._caches = [LatentCache(components.vae, pictures) for pictures in concept.sets]
+        self._text = encode_prompts(components, [pictures.prompt for pictures in concept.sets])
+        self._free_encoders()
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """Micro-batch `micro` (0, 1, ...) of optimizer step `step` (1, 2, ...).
+
+        Args:
+            step: optimizer step; 0 is a stream of its own, for locally optimal initialization.
+            micro: number inside the step.
+
+        Returns:
+            The same tensors for the same arguments, on the U-Net's device.
+        """
+        stream = "initialization" if step == 0 else "training"
+        start = max(step - 1, 0) * self._samples_per_step + micro * self._batch_size
+        rows = [
+            self._row(stream, kind, start + place)
+            for kind in range(len(self._caches))
+            for place in range(self._batch_size)
+        ]
+        latents, noise, timesteps, kinds, names = zip(*rows, strict=True)
+        # An instance row counts 1 / batch, a class row w / batch: mean + w * mean.
+        share = torch.tensor([1.0, self._prior_loss_weight]) / self._batch_size
+        device = self.components.device
+        return Batch(
+            latents=torch.stack(latents).to(device),
+            noise=torch.stack(noise).to(device),
+            timesteps=torch.tensor(timesteps, device=device),
+            text=self._text[list(kinds)].to(device),
+            weights=share[list(kinds)].to(device),
+            names=names,
+        )
+
+    def loi_batches(self, count: int) -> Iterator[Batch]:
+        """Batches for locally optimal initialization, from a stream that training never uses.
+
+        Args:
+            count: how many.
+
+        Yields:
+            `batch(0, 0)`, `batch(0, 1)`, ...
+        """
+        for micro in range(count):
+            yield self.batch(0, micro)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Weighted denoising error of one micro-batch.
+
+        Args:
+            batch: from `batch`.
+
+        Returns:
+            Scalar, fp32, differentiable.
+        """
+        return self.model_loss(self.model, batch)
+
+    def model_loss(self, model: Any, batch: Batch) -> Tensor:
+        """The same loss for an explicit U-Net, as `locally_optimal_init` wants it.
+
+        Args:
+            model: U-Net, bare or wrapped.
+            batch: from `batch`.
+
+        Returns:
+            Scalar, fp32 (fp64 for an fp64 model), differentiable.
+        """
+        dtype = self.components.dtype
+        scheduler = self.components.noise_scheduler
+        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        target = denoising_target(self.components, batch.latents, batch.noise, batch.timesteps)
+        output = model(
+            noisy.to(dtype), batch.timesteps, encoder_hidden_states=batch.text.to(dtype)
+        ).sample
+        # Half-precision squares underflow, so the error is taken in fp32.
+        error = output.to(torch.promote_types(output.dtype, torch.float32)) - target
+        return (error.square().flatten(1).mean(1) * batch.weights).sum()
+
+    def describe(self, batch: Batch) -> str:
+        """Name the files and timesteps of a batch, for a message about its loss."""
+        pieces = zip(batch.names, batch.timesteps.tolist(), strict=True)
+        return ", ".join(f"{name} at timestep {timestep}" for name, timestep in pieces)
+
+    def validate(self, step: int, directory: Path) -> dict[str, float]:
+        """Draw the validation prompts with the model as it is now.
+
+        Args:
+            step: optimizer step, for the file names; 0 shows the base model.
+            directory: gets `step-000000-0.png`, `step-000000-1.png`, ... and `step-000000.png`, a sheet with one
+                row for each prompt.
+
+        Returns:
+            No scores.
+        """
+        prompts = [p for p in self._validation_prompts for _ in range(self._num_validation_images)]
+        if not prompts:
+            return {}
+        seeds = [derive_seed(self._seed, "sample", i) for i in range(self._num_validation_images)]
+        pictures = sample(
+            self.components,
+            prompts,
+            seeds * len(self._validation_prompts),
+            steps=self._inference_steps,
+            guidance_scale=self._guidance_scale,
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(pictures):
+            save_png(picture, directory / f"step-{step:06d}-{number}.png")
+        sheet = contact_sheet(pictures, columns=self._num_validation_images)
+        save_png(sheet, directory / f"step-{step:06d}.png")
+        return {}
+
+    def save(self, directory: Path, metadata: Mapping[str, str]) -> None:
+        """Write the adapter for plain diffusers.
+
+        Args:
+            directory: gets `pytorch_lora_weights.safetensors`.
+            metadata: added to the task's own facts in the header.
+        """
+        source = self.components.source
+        own = {
+            "dreamrie_version": _version(),
+            "base_model": source.resolved,
+            "base_model_requested": source.requested,
+            "base_model_commit": source.commit or "",
+            "prediction_type": self.components.prediction_type,
+            "instance_prompt": self.concept.instance.prompt,
+            "resolution": str(self.concept.resolution),
+        }
+        save_diffusers_lora(directory, self.pairs, {**own, **metadata})
+
+    def _row(self, stream: str, kind: int, position: int) -> tuple[Tensor, Tensor, int, int, str]:
+        """One picture: latents, noise, timestep, kind (0 concept, 1 class), name."""
+        pictures = self.concept.sets[kind]
+        label = f"{stream}/{'concept' if kind == 0 else 'class'}"
+        view = pictures.view_at(self._seed, label, position)
+        posterior = self._caches[kind].posterior(view)
+        generator = stream_generator(self._seed, f"{label}/noise", position)
+        horizon = int(self.components.noise_scheduler.config.num_train_timesteps)
+        timestep = int(torch.randint(horizon, (), generator=generator))
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
+        return latents, noise, timestep, kind, pictures.paths[view.index].name
+
+    def _free_encoders(self) -> None:
+        """Move what training no longer needs off the accelerator; sampling brings it back for a moment."""
+        self.components.text_encoder.to("cpu")
+        if all(cache.is_complete for cache in self._caches):
+            self.components.vae.to("cpu")
+        else:
+            _log.info(
+                "random crops cannot be cached, so the VAE stays: --center_crop would free it"
+            )
+
+
+def denoising_target(
+    components: Components, latents: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """What the U-Net has to predict: epsilon, or v = sqrt(a) * epsilon - sqrt(1 - a) * x0.
+
+    Source: Salimans & Ho, arXiv:2202.00512, appendix D; a is the scheduler's `alphas_cumprod`.
+
+    Args:
+        components: say which of the two.
+        latents: x0, (batch, channels, height, width).
+        noise: epsilon, same shape.
+        timesteps: (batch,).
+
+    Returns:
+        The target, same shape.
+    """
+    if components.prediction_type == "v_prediction":
+        target: Tensor = components.noise_scheduler.get_velocity(latents, noise, timesteps)
+        return target
+    return noise
+
+
+def _check_resolution(components: Components, resolution: int) -> None:
+    """The U-Net halves the latents several times; a side that does not divide fails deep inside."""
+    unit = components.scale_factor * 2 ** (len(components.unet.config.block_out_channels) - 1)
+    if resolution % unit:
+        raise ConfigError(
+            f"--resolution {resolution} is not a multiple of {unit}, which this model needs. "
+            f"It was trained on {components.resolution}."
+        )
+
+
+def _version() -> str:
+    """Version of dreamrie, or "unknown" when run from a checkout that is not installed."""
+    try:
+        return version("dreamrie")
+    except PackageNotFoundError:
+        return "unknown"
