@@ -13,6 +13,8 @@ ROWS = (
     {"errors"},
     {"fixed_rank", "config", "checkpoint", "runlog"},
     {"riemannion_step"},
+    {"riemannion_layers"},
+    {"riemannion_checks"},
     {"riemannion", "loi"},
     {"lora"},
     {"optimizers", "adapter_file"},
@@ -48,7 +50,14 @@ FREE = ("examples/", "benchmarks/", "tools/")
 ANYWHERE = {"matplotlib", "gradio"}
 """Packages whose home is kept even by the scripts."""
 
-TORCH_ALONE = {"fixed_rank", "riemannion_step", "riemannion", "loi"}
+TORCH_ALONE = {
+    "fixed_rank",
+    "riemannion_step",
+    "riemannion_layers",
+    "riemannion_checks",
+    "riemannion",
+    "loi",
+}
 
 
 def breaches(path: Path, source: str) -> list[str]:
