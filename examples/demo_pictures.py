@@ -118,7 +118,7 @@ def plot_loss(metrics: Path, target: Path) -> None:
 
 TITLES = {
     "point": "Trained point X",
-    "change": "Change of the weights X - X0",
+    "change": "Change of the weights",
 }
 
 

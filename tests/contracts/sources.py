@@ -25,9 +25,12 @@ def unit_of(path: Path) -> str:
     package go by their top-level folder or file name.
     """
     parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "dreamrie":
-        return parts[1]
-    return parts[0]
+    return family(parts[1] if parts[0] == "dreamrie" else parts[0])
+
+
+def family(unit: str) -> str:
+    """`riemannion` for riemannion_step and its like: one duty in several files, as in a folder."""
+    return "riemannion" if unit.startswith("riemannion_") else unit
 
 
 def imported_modules(tree: ast.AST, module: str, is_package: bool = False) -> Iterator[str]:
