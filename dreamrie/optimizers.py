@@ -116,6 +116,22 @@ def describe_optimizer(name: str, pairs: Sequence[LoraPair]) -> str:
     return f"{name} (rank-2r baseline)" if anchored and name != "riemannion" else name
 
 
+def trained_numbers(name: str, pairs: Sequence[LoraPair]) -> int:
+    """How many numbers an optimizer moves: r columns a factor for riemannion, all for the others.
+
+    Args:
+        name: key of `OPTIMIZERS`.
+        pairs: adapted layers.
+
+    Returns:
+        Entries of the trained parts of all factors.
+    """
+    frozen = 0
+    if name == "riemannion":
+        frozen = sum((pair.out + pair.in_) * pair.anchor_rank for pair in pairs)
+    return sum(factor.numel() for factor in _factors(pairs)) - frozen
+
+
 def build_optimizer(
     name: str,
     pairs: Sequence[LoraPair],

@@ -43,6 +43,26 @@ RECORDED_PACKAGES = (
 )
 
 
+def start_logging(verbose: bool) -> None:
+    """Set up a command: messages on standard error, a crash in one line unless `verbose`.
+
+    Args:
+        verbose: show debug messages, and where a crash happened.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("dreamrie").setLevel(logging.DEBUG if verbose else logging.INFO)
+    sys.excepthook = sys.__excepthook__ if verbose else _short_crash
+
+
+def _short_crash(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What a user sees of an error that nobody foresaw."""
+    sys.stderr.write(
+        f"error: unexpected {kind.__name__}: {error}\n  run again with -v to see where\n"
+    )
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves either the old one or the new one, never a part.
 
@@ -229,12 +249,17 @@ class RunLog:
         self._metrics = self._spectrum = self._board = self._bar = None
 
     def manifest(
-        self, config_yaml: str, seeds: Mapping[str, int], facts: Mapping[str, Any]
+        self,
+        config_yaml: str,
+        command: Sequence[str],
+        seeds: Mapping[str, int],
+        facts: Mapping[str, Any],
     ) -> None:
         """Write config.yaml and run.json.
 
         Args:
             config_yaml: resolved settings.
+            command: arguments of the program as given.
             seeds: by purpose.
             facts: anything else that decides the result, such as the resolved base model.
         """
@@ -242,7 +267,7 @@ class RunLog:
             return
         record = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join([sys.executable, *sys.argv]),
+            "command": shlex.join([sys.executable, sys.argv[0], *command]),
             "folder": str(Path.cwd()),
             "seeds": dict(seeds),
             "versions": package_versions(),

@@ -7,12 +7,12 @@ that the value follows from the others; `TrainConfig` fills all of them in, so a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # lora_B = 0: rank zero, a start that only factor-wise optimizers can leave.
-PLAIN_INITS = ("default", "gaussian")
+PLAIN_INITS = ("default", "gaussian", "orthogonal")
 # These have a momentum of their own; AdamW and its relatives keep torch's betas.
 MOMENTUM_OPTIMIZERS = ("riemannion", "muon")
 DEFAULT_LEARNING_RATE = {
@@ -108,8 +108,8 @@ class AdapterSettings(Group):
         Field(
             "loi",
             description="start of the adapter. loi: locally optimal, from gradients; orthonormal: "
-            "random; pissa, olora, orthogonal: as in PEFT, over an untouched base; default, "
-            "gaussian: PEFT's zero change, not for riemannion",
+            "random; pissa, olora: as in PEFT, over an untouched base; default, gaussian, "
+            "orthogonal: PEFT's starts with zero change, not for riemannion",
         )
     )
     start_scale: float | None = Field(
@@ -272,6 +272,25 @@ class TrainConfig(Group):
                 f"lr_warmup_steps is {warmup}, more than the whole run (max_train_steps {steps})"
             )
         return self
+
+    def samples_per_step(self, processes: int = 1) -> int:
+        """Pictures of the concept that one optimizer step sees."""
+        return self.data.train_batch_size * self.schedule.gradient_accumulation_steps * processes
+
+    def loop_values(self) -> dict[str, Any]:
+        """Arguments of `dreamrie.trainer.LoopSettings`."""
+        return {
+            "max_steps": self.schedule.max_train_steps,
+            "accumulation": self.schedule.gradient_accumulation_steps,
+            "scheduler": self.schedule.lr_scheduler,
+            "warmup_steps": self.schedule.lr_warmup_steps,
+            "max_grad_norm": self.optimizer.max_grad_norm or None,
+            "validation_steps": (
+                self.validation.validation_steps if self.validation.validation_prompt else None
+            ),
+            "spectrum_steps": self.output.spectrum_steps,
+            "seed": self.schedule.seed,
+        }
 
     def resolved(self) -> TrainConfig:
         """Fill in every value that follows from others."""

@@ -27,9 +27,14 @@ class Task(Protocol):
         pairs: the adapted layers.
     """
 
-    name: str
-    model: nn.Module
-    pairs: Sequence[LoraPair]
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def model(self) -> nn.Module: ...  # noqa: D102
+
+    @property
+    def pairs(self) -> Sequence[LoraPair]: ...  # noqa: D102
 
     def batch(self, step: int, micro: int) -> Any:
         """Micro-batch `micro` (0, 1, ...) of `step`, already on the right device."""
