@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
+import dataclasses
 import functools
 import gzip
 import importlib.util
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -17,7 +23,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dreamrie.diffusion.components import Components, load_components
+from dreamrie.diffusion.source import quiet_libraries
 
 KINDS = ("sd2-eps", "sd2-v", "sd15", "tiny-vae")
 TEXT_WIDTH = 16
@@ -136,5 +146,43 @@ def make_small_pipeline(kind: str, directory: Path, seed: int = 0) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.save_pretrained(directory, safe_serialization=True)
+    with quiet_libraries():
+        pipe.save_pretrained(directory, safe_serialization=True)
     return directory
+
+
+@functools.cache
+def small_folder(kind: str) -> Path:
+    """A pipeline of `kind`, saved once per process and removed at its end."""
+    directory = Path(tempfile.mkdtemp(prefix=f"dreamrie-{kind}-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return make_small_pipeline(kind, directory)
+
+
+@functools.cache
+def _loaded(kind: str) -> Components:
+    return load_components(small_folder(kind))
+
+
+def small_components(kind: str) -> Components:
+    """Loaded parts of a small pipeline, with networks of the caller's own."""
+    parts = _loaded(kind)
+    return dataclasses.replace(
+        parts,
+        unet=copy.deepcopy(parts.unet),
+        vae=copy.deepcopy(parts.vae),
+        text_encoder=copy.deepcopy(parts.text_encoder),
+    )
+
+
+def write_pictures(directory: Path, count: int, size_px: int = 64, seed: int = 0) -> list[Path]:
+    """Write `count` different noisy PNG pictures and return their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    paths = []
+    for number in range(count):
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((size_px, size_px), Image.Resampling.BICUBIC)
+        paths.append(directory / f"picture-{number}.png")
+        picture.save(paths[-1])
+    return paths

@@ -24,7 +24,8 @@ LIMIT_PIXELS = 80_000_000
 LIMIT_ASPECT = 10
 BACKGROUND = (255, 255, 255)
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# MPO, a photo with a second picture behind it, opens as JPEG.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 # 32-bit integers and floats state no range, so there is no right way to 8 bits.
@@ -177,7 +178,7 @@ def _check_header(path: Path, image: Image.Image) -> None:
         raise ImageError(
             f"{path}: {width} x {height} pixels are narrower than 1 to {LIMIT_ASPECT}. Crop it."
         )
-    # MPO is a JPEG with a second picture (depth, thumbnail) behind the photo.
+    # The second picture of an MPO is a depth map or a thumbnail.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise ImageError(f"{path}: an animation or multi-page file. Save the frame you mean.")
     if image.mode in _NO_RANGE:
