@@ -287,7 +287,8 @@ def _read_pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
     up: Any = layer.lora_B[adapter]
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
-    if not isinstance(down, (nn.Linear, nn.Conv2d)) or not isinstance(weight, nn.Parameter):
+    known = isinstance(down, nn.Linear | nn.Conv2d)
+    if not known or not isinstance(weight, nn.Parameter):
         raise refuse(
             f"a {type(base).__name__} layer has no (out, in) matrix form here",
             "Linear and Conv2d layers are supported.",

@@ -1,0 +1,272 @@
+"""Three ways to see the gradient of the loss at the base weight (algorithms.md, 5.2).
+
+- `mean_gradient`: full gradients averaged over batches, then one SVD. The most of the mean gradient
+  for a given number of backward passes; needs one fp32 copy of the adapted weights.
+- `sketch`: two thin products per backward pass through a temporary wide adapter. Linear in the
+  gradient, so batches add up; works on quantized bases.
+- `backprop_rsvd`: Alg. 3 as corrected. Every pass must see the same objective, so the batches are
+  kept and the random streams are replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamrie.errors import ConfigError, NumericalError
+from dreamrie.fixed_rank import thin_svd, working_dtype
+from dreamrie.loi.points import (
+    LeadingSvd,
+    gaussian,
+    leading_svd,
+    orthonormal,
+    sketch_svd,
+)
+from dreamrie.loi.session import LoiPair, RandomState, exchanged, without_change
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def evaluate(loss: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
+    """The loss of one batch.
+
+    Raises:
+        ConfigError: it is not one number, or nothing can be differentiated.
+        NumericalError: it is not finite; the message names the batch.
+    """
+    value = loss(model, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ConfigError(f"loss(model, batch) must return one number as a tensor, got {value!r}.")
+    if not bool(value.isfinite()):
+        raise NumericalError(f"the loss of LOI batch {number} is {float(value.detach())}.")
+    if torch.is_grad_enabled() and not value.requires_grad:
+        raise ConfigError(
+            "the loss does not depend on the adapted layers: is it computed under torch.no_grad() "
+            "or with another model?"
+        )
+    return value.reshape(())
+
+
+def mean_gradient(
+    model: nn.Module,
+    pairs: Sequence[LoiPair],
+    loss: Loss,
+    batches: Iterable[Any],
+    generator: torch.Generator,
+) -> tuple[list[LeadingSvd], int]:
+    """Leading triples of the gradient averaged over all batches, accumulated in fp32 or fp64.
+
+    Returns:
+        One decomposition per pair and the number of batches.
+
+    Raises:
+        ConfigError: a base weight takes no gradient or is used in more than one place.
+    """
+    _require_own_weights(model, pairs)
+    weights = [pair.base_weight for pair in pairs]
+    sums = [torch.zeros_like(w, dtype=working_dtype(w.dtype)) for w in weights]
+    count = 0
+    with exchanged(model, pairs, *without_change(pairs)) as temporary:
+        for parameter in (half for both in temporary for half in both):
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        for batch in batches:
+            count += 1
+            value = evaluate(loss, model, batch, count)
+            for total, part in zip(
+                sums, torch.autograd.grad(value, weights, allow_unused=True), strict=True
+            ):
+                if part is not None:
+                    total += part
+        for weight in weights:
+            weight.requires_grad_(False)
+    _require_batches(count)
+    found: list[LeadingSvd] = []
+    for pair, total in zip(pairs, sums, strict=True):
+        _require_finite(pair, total)
+        found.append(leading_svd(pair.as_matrix(total / count), 2 * pair.rank + 1, generator))
+    return found, count
+
+
+def sketch(
+    model: nn.Module,
+    pairs: Sequence[LoiPair],
+    loss: Loss,
+    batches: Iterable[Any],
+    generator: torch.Generator,
+) -> tuple[list[LeadingSvd], int]:
+    """Leading triples from one two-sided sketch: one backward pass per batch, no full gradient.
+
+    The temporary adapter has left = [0 | Psi], right = [Omega^T ; 0]: its product is zero, and one
+    backward pass gives c G Omega and c Psi^T G. Widths 16 r and 32 r, or the whole side.
+
+    Returns:
+        One decomposition per pair and the number of batches.
+    """
+    tests = [_test_matrices(pair, generator) for pair in pairs]
+    lefts, rights = [], []
+    for omega, psi in tests:
+        lefts.append(torch.cat([psi.new_zeros(psi.shape[0], omega.shape[1]), psi], dim=1))
+        rights.append(torch.cat([omega.T, omega.new_zeros(psi.shape[1], omega.shape[0])]))
+    gradients, count, _ = _factor_gradients(model, pairs, loss, batches, lefts, rights)
+    _require_batches(count)
+    found: list[LeadingSvd] = []
+    for pair, (omega, psi), (left, right) in zip(pairs, tests, gradients, strict=True):
+        _require_finite(pair, left, right)
+        width = omega.shape[1]
+        scale = pair.scaling * count
+        found.append(sketch_svd(left[:, :width] / scale, psi, right[width:] / scale))
+    return found, count
+
+
+def backprop_rsvd(
+    model: nn.Module,
+    pairs: Sequence[LoiPair],
+    loss: Loss,
+    batches: Iterable[Any],
+    generator: torch.Generator,
+    *,
+    oversample: int | None = None,
+    power: int = 1,
+) -> tuple[list[LeadingSvd], int]:
+    """Leading triples by randomized SVD, each product one pass over all batches, all layers at once.
+
+    Source: Alg. 3 as corrected: k = 2r + p; Q = qr(G Omega), q times P = qr(G^T Q), Q = qr(G P);
+    SVD of Q^T G; left vectors Q U. 2 (q + 1) passes.
+
+    Args:
+        model: holds the pairs.
+        pairs: the layers.
+        loss: loss(model, batch).
+        batches: kept in memory; the same ones serve every pass.
+        generator: source of Omega.
+        oversample: p; default the rank of each layer.
+        power: q.
+
+    Returns:
+        One decomposition per pair and the number of batches.
+
+    Raises:
+        NumericalError: the objective changes between passes although the random streams are
+            replayed, so the products belong to different gradients.
+    """
+    kept = list(batches)
+    _require_batches(len(kept))
+    replay = RandomState()
+    first: list[float] = []
+
+    def products(frames: list[Tensor], transposed: bool) -> list[Tensor]:
+        replay.restore()
+        zeros = [f.new_zeros(f.shape[1], p.in_ if transposed else p.out)
+                 for f, p in zip(frames, pairs, strict=True)]  # fmt: skip
+        lefts = frames if transposed else [zero.T for zero in zeros]
+        rights = zeros if transposed else [frame.T for frame in frames]
+        gradients, count, value = _factor_gradients(model, pairs, loss, kept, lefts, rights)
+        first.append(value)
+        if not math.isclose(value, first[0], rel_tol=1e-3, abs_tol=1e-12):
+            raise NumericalError(
+                f"backprop_rsvd: the loss over the same batches changed from {first[0]:.6g} to "
+                f"{value:.6g} between passes, so the objective is not fixed. Draw noise from the "
+                "global random streams or fix it per batch; or use estimator='mean_gradient'."
+            )
+        out: list[Tensor] = []
+        for pair, (left, right) in zip(pairs, gradients, strict=True):
+            _require_finite(pair, left, right)
+            out.append((right.T if transposed else left) / (pair.scaling * count))
+        return out
+
+    starts: list[Tensor] = []
+    for pair in pairs:
+        width = 2 * pair.rank + (pair.rank if oversample is None else oversample)
+        width = min(width, pair.out, pair.in_)
+        starts.append(gaussian(pair.right, pair.in_, width, generator))
+    bases = [orthonormal(part) for part in products(starts, False)]
+    for _ in range(power):
+        bases = [orthonormal(part) for part in products(bases, True)]
+        bases = [orthonormal(part) for part in products(bases, False)]
+    found: list[LeadingSvd] = []
+    for basis, co_range in zip(bases, products(bases, True), strict=True):
+        core, values, right = thin_svd(co_range.T)
+        found.append(LeadingSvd(basis @ core, values, right))
+    return found, len(kept)
+
+
+def _factor_gradients(
+    model: nn.Module,
+    pairs: Sequence[LoiPair],
+    loss: Loss,
+    batches: Iterable[Any],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+) -> tuple[list[tuple[Tensor, Tensor]], int, float]:
+    """Sums over batches of the factor gradients as matrices, the number of batches, the mean loss."""
+    sums = [
+        (torch.zeros_like(left), torch.zeros_like(right))
+        for left, right in zip(lefts, rights, strict=True)
+    ]
+    count, total = 0, 0.0
+    with exchanged(model, pairs, lefts, rights) as temporary:
+        wanted = [parameter for both in temporary for parameter in both]
+        flat = [part for both in sums for part in both]
+        for batch in batches:
+            count += 1
+            value = evaluate(loss, model, batch, count)
+            total += float(value.detach())
+            parts = torch.autograd.grad(value, wanted, allow_unused=True)
+            for accumulated, part in zip(flat, parts, strict=True):
+                if part is not None:
+                    accumulated += part.reshape(accumulated.shape)
+    return sums, count, total / max(count, 1)
+
+
+def _test_matrices(pair: LoiPair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Omega (in, k) and Psi (out, l); the identity where the width reaches the whole side."""
+    width = min(16 * pair.rank, pair.in_, pair.out)
+    co_width = min(32 * pair.rank, pair.out)
+    dtype = working_dtype(pair.left.dtype)
+    omega = gaussian(pair.right, pair.in_, width, generator)
+    psi = gaussian(pair.left, pair.out, co_width, generator)
+    if width == pair.in_:
+        omega = torch.eye(width, dtype=dtype, device=pair.right.device)
+    if co_width == pair.out:
+        psi = torch.eye(co_width, dtype=dtype, device=pair.left.device)
+    return omega, psi
+
+
+def _require_own_weights(model: nn.Module, pairs: Sequence[LoiPair]) -> None:
+    """Each base weight must take gradients and belong to one layer only."""
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    for pair in pairs:
+        if not pair.base_weight.is_floating_point():
+            raise ConfigError(
+                f"layer {pair.name!r}: its {pair.base_weight.dtype} base weight takes no gradient "
+                "(quantized?). Use estimator='sketch', which needs gradients of the adapter only."
+            )
+        places = uses.get(id(pair.base_weight), [])
+        if len(places) > 1:
+            raise ConfigError(
+                f"layer {pair.name!r}: its base weight is tied, it is also {places}. The gradient "
+                "of a shared weight mixes its uses; use estimator='sketch', which separates them."
+            )
+
+
+def _require_batches(count: int) -> None:
+    """LOI needs data."""
+    if count == 0:
+        raise ConfigError("LOI got no batch: `batches` is empty (an iterator already used up?).")
+
+
+def _require_finite(pair: LoiPair, *gradients: Tensor) -> None:
+    """Name the layer whose gradient is not finite."""
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        raise NumericalError(
+            f"layer {pair.name!r}: its gradient at the base weight is not finite. Run the loss in "
+            "bf16 or fp32, and look for an overflow."
+        )
