@@ -26,6 +26,7 @@ def build_model() -> LlamaForCausalLM:
         num_attention_heads=4,
         bos_token_id=0,
         eos_token_id=1,
+        initializer_range=0.1,  # a frozen random output layer must be able to speak up
     )
     return LlamaForCausalLM(config)
 
@@ -36,16 +37,19 @@ def language_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def train(model: torch.nn.Module, batches: list[torch.Tensor], steps: int) -> list[float]:
-    """Train a rank-4 adapter and return the loss before each step."""
-    pairs = dreamrie.attach_lora(model, rank=4, target_modules=["q_proj", "v_proj"])
-    dreamrie.locally_optimal_init(model, pairs, language_loss, batches)
-    optimizer = dreamrie.Riemannion(pairs, lr=1e-2)
+    """Train a rank-4 adapter on every linear layer and return the loss before each step."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    pairs = dreamrie.attach_lora(model, rank=4, target_modules=targets)
+    dreamrie.locally_optimal_init(model, pairs, language_loss, batches, alpha=0.3, lr=0.03)
+    optimizer = dreamrie.Riemannion(pairs, lr=0.03)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
         loss = language_loss(model, batches[step % len(batches)])
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     return losses
 

@@ -42,7 +42,7 @@ def functions_of(path: Path) -> list[str]:
     for node in tree.body:
         members = node.body if isinstance(node, ast.ClassDef) else [node]
         found += [member for member in members if isinstance(member, ast.FunctionDef)]
-    return [function.name for function in found if function.name.startswith("test_")]
+    return [function.name for function in found if function.name.startswith(("test_", "law_"))]
 
 
 def units() -> list[str]:
