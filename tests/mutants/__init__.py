@@ -21,13 +21,14 @@ A *mutant* is one deliberate fault, described by a context manager that yields t
 patched. A law that takes an example as second argument becomes `law(impl)` through `each(law, examples)`; the mutant is
 caught when any of the examples fails.
 
-To add a file of mutants: give it a list `MUTANTS` and add its name to `FILES`.
+To add a file of mutants, put a module with a list `MUTANTS` into this folder.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-FILES = ("geometry", "optimizer", "loi", "bridge")
+import pytest
 
 Law = Callable[[Any], None]
 
@@ -48,8 +49,9 @@ class Mutant:
     law: Law
     broken: Callable[[], AbstractContextManager[Any]]
     why: str
-    # What counts as caught. Add another type only where the fault cannot even be evaluated (e.g. a shape error).
-    raises: tuple[type[BaseException], ...] = (AssertionError,)
+    # Failed assertions and `pytest.raises` count as caught; add another type only where the fault cannot even be
+    # evaluated (e.g. shapes that do not fit).
+    raises: tuple[type[BaseException], ...] = ()
 
 
 @contextmanager
@@ -78,8 +80,12 @@ def each(law: Callable[[Any, Any], None], examples: Iterable[Any]) -> Law:
 
 
 def all_mutants() -> list[Mutant]:
-    """Collect `MUTANTS` of every file in FILES; names are unique."""
-    mutants = [m for file in FILES for m in importlib.import_module(f"{__name__}.{file}").MUTANTS]
+    """Collect `MUTANTS` of every module in this folder; names are unique."""
+    modules = [
+        importlib.import_module(f"{__name__}.{file.name}")
+        for file in pkgutil.iter_modules(__path__)
+    ]
+    mutants = [mutant for module in modules for mutant in getattr(module, "MUTANTS", ())]
     names = [m.name for m in mutants]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -92,6 +98,6 @@ def is_caught(mutant: Mutant) -> bool:
     try:
         with mutant.broken() as implementation:
             mutant.law(implementation)
-    except mutant.raises:
+    except (AssertionError, pytest.fail.Exception, *mutant.raises):
         return True
     return False

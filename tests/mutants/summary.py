@@ -6,13 +6,20 @@ so they are also right when tests run in several processes.
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+from tests.margins import WORST
 
 PROPERTY = "mutant_caught"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Write `mutants: N caught: N survivors: 0`."""
+    """Write `mutants: N caught: N survivors: 0`, and on request how close the laws came to their bars."""
+    if os.environ.get("DREAMRIE_MARGINS") and WORST:
+        terminalreporter.section("margins: worst value that passed, bar")
+        for law, (value, bar) in sorted(WORST.items()):
+            terminalreporter.write_line(f"{law:<60} {value:9.2e} {bar:9.1e}")
     verdicts: dict[str, bool] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
