@@ -22,11 +22,11 @@ from dreamrie.diffusion.images import check_images
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS
 from dreamrie.diffusion.prior import ensure_class_images, own_class_images
 from dreamrie.diffusion.task import DreamBoothTask
-from dreamrie.errors import CheckpointError, DreamrieError, NumericalError
+from dreamrie.errors import DreamrieError
 from dreamrie.loi import locally_optimal_init
 from dreamrie.lora import attach_lora
 from dreamrie.optimizers import build_optimizer, describe_optimizer, trained_numbers
-from dreamrie.runlog import RunLog, check_output_dir, start_logging
+from dreamrie.runlog import RunLog, check_output_dir, exit_code, start_logging
 from dreamrie.trainer import LoopSettings, make_accelerator, train
 
 logger = logging.getLogger("dreamrie.train_dreambooth")
@@ -37,23 +37,17 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
     data, prior, checks, seed = config.data, config.prior, config.validation, config.schedule.seed
     check_output_dir(config.output.output_dir)
     check_images(data.instance_data_dir)
+    model, name = config.model, config.model.pretrained_model_name_or_path
     components = load_components(
-        config.model.pretrained_model_name_or_path,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        device=device,
+        name, revision=model.revision, variant=model.variant, device=device
     )
     class_images, folder, count = [], prior.class_data_dir, prior.num_class_images
     if prior.with_prior_preservation and config.run.dry_run:
         class_images = own_class_images(folder)[:count]
     elif prior.with_prior_preservation:
+        size = prior.sample_batch_size
         class_images = ensure_class_images(
-            components,
-            prior.class_prompt,
-            folder,
-            count,
-            seed=seed,
-            batch_size=prior.sample_batch_size,
+            components, prior.class_prompt, folder, count, seed=seed, batch_size=size
         )
     concept = ConceptSet(
         data.instance_data_dir,
@@ -145,11 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging(verbose := is_verbose(argv))
     try:
         return 0 if run(parse_config(argv), argv) else 130
-    except KeyboardInterrupt:
-        return 130
-    except DreamrieError as error:
-        logger.error("error: %s", error, exc_info=error if verbose else None)  # noqa: TRY400
-        return 1 if isinstance(error, NumericalError | CheckpointError) else 2
+    except (DreamrieError, KeyboardInterrupt) as error:
+        return exit_code(error, verbose)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from dreamrie.errors import CheckpointError, ConfigError
+from dreamrie import __version__
+from dreamrie.errors import CheckpointError, ConfigError, DreamrieError, NumericalError
 
 logger = logging.getLogger(__name__)
 
 RECORDED_PACKAGES = (
-    "dreamrie",
     "torch",
     "diffusers",
     "transformers",
@@ -52,6 +52,23 @@ def start_logging(verbose: bool) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("dreamrie").setLevel(logging.DEBUG if verbose else logging.INFO)
     sys.excepthook = sys.__excepthook__ if verbose else _short_crash
+
+
+def exit_code(error: DreamrieError | KeyboardInterrupt, verbose: bool = False) -> int:
+    """Say why a command ends and choose its exit code.
+
+    Args:
+        error: what ended it.
+        verbose: also show where it was raised.
+
+    Returns:
+        2: something given cannot work; 1: it failed on the way; 130: stopped by Ctrl-C.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        logger.error("stopped; nothing was saved")
+        return 130
+    logger.error("error: %s", error, exc_info=error if verbose else None)
+    return 1 if isinstance(error, NumericalError | CheckpointError) else 2
 
 
 def _short_crash(
@@ -154,7 +171,7 @@ def _finite(value: Any) -> Any:
 
 def package_versions() -> dict[str, str]:
     """Python and the packages that decide the numbers."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "dreamrie": __version__}
     for name in RECORDED_PACKAGES:
         try:
             versions[name] = metadata.version(name)

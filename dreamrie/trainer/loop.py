@@ -217,7 +217,7 @@ def change_spectra(pairs: Sequence[LoraPair]) -> dict[str, list[float]]:
         for (*_, scaling), members in by_shape.items():
             left = torch.stack([pair.left_matrix().detach().float() for pair in members])
             right = torch.stack([pair.right_matrix().detach().float() for pair in members])
-            values = point_from_factors(left, right, scaling).s.tolist()
+            values = point_from_factors(left, right.mT, scaling).s.tolist()
             found |= {pair.name: s for pair, s in zip(members, values, strict=True)}
     return {pair.name: found[pair.name] for pair in pairs}
 
