@@ -54,7 +54,7 @@ full: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest -q -m "not gpu"
 
 bench: $(READY)
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks.loi_energy
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo

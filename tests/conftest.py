@@ -6,6 +6,7 @@ import importlib
 import os
 import socket
 import typing
+from pathlib import Path
 from typing import Any
 
 # Before any Hugging Face library is imported: they read these once.
@@ -17,9 +18,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import beartype as _beartype  # noqa: F401  loaded before the flag below goes up
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 import dreamrie as _dreamrie  # noqa: F401  its own type-only imports must stay type-only
 from tests.mutants.summary import pytest_terminal_summary
@@ -97,3 +100,16 @@ def _only_loopback() -> typing.Iterator[None]:
         patch.setattr(socket.socket, "connect", _guarded_connect)
         patch.setattr(socket.socket, "connect_ex", _guarded_connect_ex)
         yield
+
+
+@pytest.fixture
+def disc_pictures(tmp_path: Path) -> Path:
+    """A folder with two pictures of a red disc on grey."""
+    folder = tmp_path / "concept"
+    folder.mkdir()
+    rows, columns = np.mgrid[:80, :80]
+    for index, centre in enumerate((35, 45)):
+        disc = (rows - centre) ** 2 + (columns - 40) ** 2 < 25**2
+        pixels = np.where(disc[..., None], (200, 20, 20), (128, 128, 128)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder

@@ -24,24 +24,18 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-@pytest.fixture
-def concept(tmp_path: Path) -> Path:
-    """A folder with two pictures of a red disc on grey."""
-    folder = tmp_path / "concept"
-    folder.mkdir()
-    rows, columns = np.mgrid[:80, :80]
-    for index, centre in enumerate((35, 45)):
-        disc = (rows - centre) ** 2 + (columns - 40) ** 2 < 25**2
-        pixels = np.where(disc[..., None], (200, 20, 20), (128, 128, 128)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return folder
-
-
-def test_the_demo_trains_and_shows_what_the_saved_file_does(tmp_path: Path, concept: Path) -> None:
+def test_the_demo_trains_and_shows_what_the_saved_file_does(
+    tmp_path: Path, disc_pictures: Path
+) -> None:
     """One command makes the three pictures, and the adapter rows differ from the base rows."""
     model = make_small_pipeline("tiny-vae", tmp_path / "model")
     out = tmp_path / "run"
-    flags = ["--pretrained_model_name_or_path", str(model), "--instance_data_dir", str(concept)]
+    flags = [
+        "--pretrained_model_name_or_path",
+        str(model),
+        "--instance_data_dir",
+        str(disc_pictures),
+    ]
     flags += ["--output_dir", str(out), "--max_train_steps", "3", "--num_inference_steps", "2"]
     flags += ["--train_batch_size", "2", "--spectrum_steps", "1", "--loi_batches", "2"]
     flags += ["--validation_prompt", *PROMPTS]
