@@ -217,7 +217,7 @@ def _check(
                 "model at step 0. Attach with dreamrie.attach_lora(model, rank, target_modules)."
             )
         sizes.append(alpha if alpha is not None else 0.1 / math.sqrt(pair.rank))
-        if lr is not None and abs(sizes[-1]) < _ALPHA_PER_LR * lr:
+        if lr is not None and abs(sizes[-1]) < _ALPHA_PER_LR * lr * (1 - 1e-9):
             raise ConfigError(
                 f"layer {pair.name!r}: |alpha| = {abs(sizes[-1]):.3g} is below 10 lr = "
                 f"{_ALPHA_PER_LR * lr:.3g}, so the rank-r truncation would discard part of each "

@@ -11,7 +11,7 @@ from dreamrie.lora.arithmetic import (
     export_factors,
     kept_energy,
 )
-from dreamrie.lora.attach import attach_lora
+from dreamrie.lora.attach import attach_lora, resolve_targets
 from dreamrie.lora.fingerprint import base_fingerprint
 from dreamrie.lora.pairs import LoraPair, candidate_names, lora_pairs, mask_anchor_gradients_
 
@@ -29,4 +29,5 @@ __all__ = [
     "kept_energy",
     "lora_pairs",
     "mask_anchor_gradients_",
+    "resolve_targets",
 ]

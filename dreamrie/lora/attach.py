@@ -76,7 +76,7 @@ def attach_lora(
             layer already carries an adapter, or the rank is larger than a layer allows.
     """
     with_anchor = _check_settings(rank, init, alpha, anchored, dropout)
-    layers = _resolve_targets(model, target_modules, adapter_name)
+    layers = resolve_targets(model, target_modules, adapter_name)
     ranks = _layer_ranks(layers, rank, with_anchor)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -143,10 +143,22 @@ def _check_settings(
     return True
 
 
-def _resolve_targets(
-    model: nn.Module, targets: Sequence[str] | str, adapter_name: str
+def resolve_targets(
+    model: nn.Module, targets: Sequence[str] | str, adapter_name: str = "default"
 ) -> dict[str, nn.Module]:
-    """Layers that the targets name, by PEFT's own rule; every mismatch is an error."""
+    """Find the layers that the targets name, by PEFT's own rule; every mismatch is an error.
+
+    Args:
+        model: a model without an adapter of this name.
+        targets: see `attach_lora`.
+        adapter_name: name that the new adapter would get.
+
+    Returns:
+        Path of each layer and the layer, in the order of the targets.
+
+    Raises:
+        ConfigError: a target names nothing, something unsupported or adapted, or the same twice.
+    """
     if isinstance(model, PeftModel):
         raise ConfigError(
             "the model is already a PeftModel: read its adapter with dreamrie.lora_pairs(model), "
