@@ -35,7 +35,7 @@ logger = logging.getLogger("dreamrie.train_dreambooth")
 def build_task(config: TrainConfig, device: torch.device, processes: int) -> DreamBoothTask:
     """Check every picture, load the model, put adapters on its attention layers."""
     data, prior, checks, seed = config.data, config.prior, config.validation, config.schedule.seed
-    check_output_dir(config.output.output_dir)
+    check_output_dir(config.output.output_dir, config.output.report_to == "tensorboard")
     check_images(data.instance_data_dir)
     model, name = config.model, config.model.pretrained_model_name_or_path
     components = load_components(

@@ -130,15 +130,19 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_output_dir(folder: Path) -> None:
+def check_output_dir(folder: Path, tensorboard: bool = False) -> None:
     """Say before any work whether results could be written; creates nothing.
 
     Args:
         folder: where the run is to write; it may not exist yet.
+        tensorboard: TensorBoard is wanted too.
 
     Raises:
-        ConfigError: it or a folder above it is a file, or it may not be written.
+        ConfigError: it or a folder above it is a file, or it may not be written, or TensorBoard is
+            not installed.
     """
+    if tensorboard:
+        _board_class()
     existing = folder
     try:
         while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
@@ -223,8 +227,12 @@ class RunLog:
         self._board: Any = None
         self._bar: Any = None
         self._last_loss: float | None = None
-        if output_dir is not None:
-            self._open(output_dir, tensorboard_dir)
+        try:
+            if output_dir is not None:
+                self._open(output_dir, tensorboard_dir)
+        except ConfigError:
+            self.close()
+            raise
         hidden = not sys.stderr.isatty() if quiet is None else quiet
         if not hidden and output_dir is not None:
             from tqdm import tqdm
@@ -245,7 +253,7 @@ class RunLog:
                 "  what to do: name another folder, or free the files in it"
             ) from error
         if tensorboard_dir is not None:
-            self._board = _open_tensorboard(folder / tensorboard_dir)
+            self._board = _board_class()(str(folder / tensorboard_dir))
 
     def __enter__(self) -> Self:
         return self
@@ -341,8 +349,8 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
 
 
-def _open_tensorboard(folder: Path) -> Any:
-    """Writer of TensorBoard events."""
+def _board_class() -> Any:
+    """TensorBoard's writer, which is an extra."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -351,4 +359,4 @@ def _open_tensorboard(folder: Path) -> Any:
             "  where: --report_to tensorboard\n"
             "  what to do: pip install tensorboard, or leave --report_to out; metrics.jsonl has it all"
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter
