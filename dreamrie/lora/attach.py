@@ -278,8 +278,12 @@ def _set_start(
     dtype = torch.float64 if pair.left.dtype == torch.float64 else torch.float32
     if init == "orthogonal":
         made = _peft_start(pair, rank, init, seed)
-        pair.left_matrix().data.copy_(made.left_matrix().detach())
-        pair.right_matrix().data.copy_(made.right_matrix().detach())
+        left, right = made.left_matrix().detach().to(dtype), made.right_matrix().detach().to(dtype)
+        # PEFT draws in fp32, so the product vanishes to 1e-8 only; this makes it vanish in fp64 too.
+        basis, values, rows = torch.linalg.svd(right, full_matrices=False)
+        basis, values, rows = basis[:, : rank // 2], values[: rank // 2], rows[: rank // 2]
+        pair.left_matrix().data.copy_(left - (left @ basis) @ basis.T)
+        pair.right_matrix().data.copy_((basis * values) @ rows)
         return
     if init == "orthonormal":
         size = abs(alpha) if alpha is not None else 0.1 / math.sqrt(rank)

@@ -122,15 +122,14 @@ def disturb(pairs: list[LoraPair], size: float = 0.05, seed: int = 5) -> None:
             right[: pair.rank] += size * shift
 
 
-def measured_change(pair: LoraPair) -> Tensor:
+def measured_change(layer: Any, in_: int, out: int) -> Tensor:
     """Change of the weight seen from outside: the layer on unit inputs, with minus without LoRA."""
-    layer: Any = pair.module
     base = layer.get_base_layer()
-    unit = torch.eye(pair.in_, dtype=pair.left.dtype)
+    unit = torch.eye(in_, dtype=base.weight.dtype)
     if isinstance(base, nn.Conv2d):
-        unit = unit.reshape(pair.in_, *pair.right.shape[1:])
+        unit = unit.reshape(in_, *base.weight.shape[1:])
     with torch.no_grad():
-        return (layer(unit) - base(unit)).reshape(pair.in_, pair.out).T
+        return (layer(unit) - base(unit)).reshape(in_, out).T
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
