@@ -34,13 +34,23 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=mixed_precision)
+        accelerator = Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:
-        raise ConfigError(
-            f"{mixed_precision} cannot be used on this machine: {error}\n"
-            "  where: --mixed_precision\n"
-            "  what to do: use bf16, or no"
-        ) from error
+        raise ConfigError(_no_such_precision(mixed_precision, str(error))) from error
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would compute in fp32 without a word.
+        AcceleratorState._reset_state()
+        raise ConfigError(_no_such_precision(mixed_precision, "there is no GPU"))
+    return accelerator
+
+
+def _no_such_precision(mixed_precision: str, reason: str) -> str:
+    """Message about a precision that this machine lacks."""
+    return (
+        f"{mixed_precision} cannot be used on this machine: {' '.join(reason.split())}\n"
+        "  where: --mixed_precision\n"
+        "  what to do: use bf16, or no"
+    )
 
 
 def derive_seed(*parts: int) -> int:
