@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dreamrie.errors import AdapterError, NumericalError
@@ -55,11 +55,13 @@ def save_diffusers_lora(
     temporary = directory / f".{DIFFUSERS_FILE}.part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=header)
-        _sync(temporary)
+        with temporary.open("wb") as file:
+            file.write(stable_bytes(tensors, header))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(directory)
-    except (OSError, SafetensorError) as error:
+        _sync_folder(directory)
+    except OSError as error:
         if directory.is_dir():
             temporary.unlink(missing_ok=True)
         raise AdapterError(
@@ -119,11 +121,33 @@ def _is_dust(pair: LoraPair, change: LowRank) -> bool:
     return size <= 1e-9 * abs(parts)
 
 
-def _sync(path: Path) -> None:
-    """Make a file or folder durable before the next step relies on it."""
-    if os.name == "nt" and path.is_dir():
+def stable_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    """Serialize tensors so that equal contents are equal bytes.
+
+    safetensors keeps the header's text in a hash map, whose order changes from call to call; here it is sorted.
+    Format: 8 bytes of little-endian length, that many bytes of JSON padded with spaces to a multiple of 8, data.
+
+    Args:
+        tensors: contiguous, on the CPU.
+        header: text to text.
+
+    Returns:
+        A whole safetensors file.
+    """
+    raw = save(dict(tensors), metadata=dict(header))
+    end = 8 + int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8:end])
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[end:]
+
+
+def _sync_folder(directory: Path) -> None:
+    """Make a rename durable."""
+    if os.name == "nt":
         return  # Windows has no handle for a folder, and syncs renames by itself.
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
