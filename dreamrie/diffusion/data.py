@@ -22,13 +22,13 @@ class View(NamedTuple):
     """One square of one picture.
 
     Attributes:
-        index: which picture.
+        picture: number of the picture.
         top: first row of the square, in pixels.
         left: first column of the square.
         flipped: mirrored left to right.
     """
 
-    index: int
+    picture: int
     top: int
     left: int
     flipped: bool
@@ -117,7 +117,7 @@ class PictureSet:
         """
         rows = slice(view.top, view.top + self._resolution)
         columns = slice(view.left, view.left + self._resolution)
-        square = self._pictures[view.index][:, rows, columns]
+        square = self._pictures[view.picture][:, rows, columns]
         if view.flipped:
             square = square.flip(-1)
         return square.to(torch.float32) / 127.5 - 1.0

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from dreamrie.diffusion.images import list_images, load_image, load_images, save_png
@@ -112,7 +113,7 @@ def own_class_images(directory: Path) -> list[Path]:
     return paths
 
 
-def folder_name(settings: dict[str, object]) -> str:
+def folder_name(settings: Mapping[str, object]) -> str:
     """Name the subfolder for one way of making class pictures.
 
     Args:
@@ -121,7 +122,7 @@ def folder_name(settings: dict[str, object]) -> str:
     Returns:
         A readable beginning and a digest, safe on every file system.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode("utf-8")).hexdigest()
     words = re.sub(r"[^a-z0-9]+", "-", str(settings["prompt"]).lower()).strip("-")[:40]
     return f"{words or 'class'}-{digest[:12]}"
 

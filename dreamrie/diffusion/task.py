@@ -301,7 +301,7 @@ class DreamBoothTask:
         timestep = int(torch.randint(horizon, (), generator=generator))
         noise = torch.randn(posterior.mean.shape, generator=generator)
         latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
-        return latents, noise, timestep, kind, pictures.paths[view.index].name
+        return latents, noise, timestep, kind, pictures.paths[view.picture].name
 
     def _free_encoders(self) -> None:
         """Move what training no longer needs off the accelerator; sampling brings it back for a moment."""

@@ -44,13 +44,13 @@ def test_every_picture_is_seen_equally_often(tmp_path: Path) -> None:
     """Each run through the pictures is a permutation, and not always the same one."""
     write_pictures(tmp_path, 5, 16)
     pictures = _set(tmp_path)
-    order = [pictures.view_at(3, "s", position).index for position in range(50)]
+    order = [pictures.view_at(3, "s", position).picture for position in range(50)]
     epochs = [tuple(order[start : start + 5]) for start in range(0, 50, 5)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len(set(epochs)) > 5
-    assert order == [pictures.view_at(3, "s", position).index for position in range(50)]
-    assert order != [pictures.view_at(4, "s", position).index for position in range(50)]
-    assert order != [pictures.view_at(3, "t", position).index for position in range(50)]
+    assert order == [pictures.view_at(3, "s", position).picture for position in range(50)]
+    assert order != [pictures.view_at(4, "s", position).picture for position in range(50)]
+    assert order != [pictures.view_at(3, "t", position).picture for position in range(50)]
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
     for folder in (first, second):
         concept = ConceptSet(folder, "x", resolution=16)
         views = [concept.instance.view_at(0, "s", n) for n in range(8)]
-        streams.append([concept.instance.paths[view.index].name for view in views])
+        streams.append([concept.instance.paths[view.picture].name for view in views])
     assert streams[0] == streams[1]
 
 
@@ -73,9 +73,9 @@ def test_crops_cover_the_picture_and_stay_inside(tmp_path: Path) -> None:
     Image.new("RGB", (16, 40)).save(tmp_path / "high.png")
     pictures = _set(tmp_path)
     views = [pictures.view_at(0, "s", position) for position in range(800)]
-    assert {view.top for view in views if view.index == 0} == set(range(25))
-    assert {view.left for view in views if view.index == 1} == set(range(13))
-    assert all(view.left == 0 for view in views if view.index == 0)
+    assert {view.top for view in views if view.picture == 0} == set(range(25))
+    assert {view.left for view in views if view.picture == 1} == set(range(13))
+    assert all(view.left == 0 for view in views if view.picture == 0)
     assert all(pictures.pixels(view).shape == (3, 16, 16) for view in views[:50])
 
 

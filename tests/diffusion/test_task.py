@@ -108,7 +108,7 @@ def law_the_halves_are_concept_then_class(impl: Any) -> None:
             pictures = task.concept.sets[kind]
             assert torch.equal(batch.text[row], text[kind])
             index = [path.name for path in pictures.paths].index(name)
-            view = next(view for view in pictures.views() if view.index == index)
+            view = next(view for view in pictures.views() if view.picture == index)
             mean = encode_posterior(task.components.vae, pictures.pixels(view)[None]).mean[0]
             assert float((batch.latents[row] - mean).abs().max()) < 1e-5
 
