@@ -67,8 +67,7 @@ def test_no_test_hides(path: Path) -> None:
     assert names
     assert len(names) == len(set(names))
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-        if is_test and path.parent.name in {"properties", "contracts"}:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("law_"):
             assert ast.get_docstring(node), f"{path.name}: {node.name} does not say its law"
         if isinstance(node, ast.ClassDef):
             assert not node.name.startswith("test"), f"{path.name}: {node.name} is never collected"

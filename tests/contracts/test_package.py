@@ -47,10 +47,10 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_the_wheel_holds_every_file_of_the_library(wheel_names: set[str]) -> None:
     """Code, `py.typed` and everything below assets are in it."""
+    files = {path.relative_to(ROOT) for path in PACKAGE.rglob("*") if path.is_file()}
+    caches = ("__pycache__", ".")
     expected = {
-        path.relative_to(ROOT).as_posix()
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        path.as_posix() for path in files if not any(part.startswith(caches) for part in path.parts)
     }
     assert len(expected) > 10
     assert expected - wheel_names == set()
@@ -88,7 +88,7 @@ OPTIONAL = {"jaxtyping", "tensorboard"}
 
 def _import_name(requirement: str) -> str:
     name = requirement.split(">")[0].strip()
-    return {"pillow": "PIL", "pyyaml": "yaml"}.get(name, name)
+    return {"pillow": "PIL", "pyyaml": "yaml"}.get(name, name.replace("-", "_"))
 
 
 def test_the_assets_are_there() -> None:
