@@ -7,8 +7,8 @@ geometry: a broken projection must not build its own test data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -227,26 +227,32 @@ def regauge(pair: Pair, condition: float, seed: int = 0) -> None:
 
 @dataclass
 class Quadratic:
-    """Loss 1/2 |W + change - T|^2 with gradient noise: a model without a network.
+    """Loss 1/2 |change - T|^2 with gradient noise: a model without a network.
 
-    The gradient of a layer at step t is (change - target) + noise(t), times `loss_scale`.
+    With `frames` (P, Q) per layer the same problem is posed for P change Q^T, with `transposed` for change^T: the
+    right path is then the turned one.
     """
 
     pairs: Sequence[Pair]
     seed: int = 0
     jitter: float = 0.3
     loss_scale: float = 1.0
-    turn: Callable[[int, Tensor], Tensor] = field(default=lambda _, z: z)
-
-    def target(self, index: int) -> Tensor:
-        pair = self.pairs[index]
-        rows, columns = pair.left.shape[0], pair.right.flatten(1).shape[1]
-        return noise(self.seed + 7000 + index, rows, columns)
+    frames: Sequence[tuple[Tensor, Tensor]] | None = None
+    transposed: bool = False
 
     def gradient(self, index: int, change: Tensor, t: int) -> Tensor:
-        target = self.target(index)
-        extra = self.jitter * noise(self.seed + 90000 + 100 * t + index, *target.shape)
-        return self.loss_scale * (change.to(F64) - target + extra)
+        change = change.to(F64)
+        if self.transposed:
+            change = change.mT
+        if self.frames is not None:
+            left, right = self.frames[index]
+            change = left.mT @ change @ right
+        target = noise(self.seed + 7000 + index, *change.shape)
+        extra = self.jitter * noise(self.seed + 90000 + 100 * t + index, *change.shape)
+        gradient = self.loss_scale * (change - target + extra)
+        if self.frames is not None:
+            gradient = left @ gradient @ right.mT
+        return gradient.mT if self.transposed else gradient
 
     def backward(self, t: int) -> None:
         for index, pair in enumerate(self.pairs):
