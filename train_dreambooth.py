@@ -104,7 +104,7 @@ def explain(config: TrainConfig, task: DreamBoothTask) -> str:
     lines = [f"  {pair.name} ({pair.out} x {pair.in_}), rank {pair.rank}" for pair in task.pairs]
     lines += [
         f"base model: {components.source.resolved}, {components.prediction_type}",
-        f"adapters: {len(task.pairs)} layers, {trained_numbers(name, task.pairs):,} trainable numbers",
+        f"adapters: {len(task.pairs)} layers, {trained_numbers(name, task.pairs):,} trainable parameters",
         f"optimizer: {describe_optimizer(name, task.pairs)}",
         f"pictures: {pictures}, all readable, used at {task.concept.resolution} px",
         f"length: {steps} steps of {samples} pictures = {steps * samples / pictures:.1f} epochs",
