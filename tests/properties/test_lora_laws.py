@@ -94,6 +94,7 @@ def law_a9_gauge_there_and_back(impl: Any) -> None:
         model = nets.net()
         nets.with_scaling(model, scaling, rank=3, target_modules=nets.TARGETS, alpha=0.8)
         pairs = impl.lora_pairs(model)
+        assert all(abs(float(value) - 0.8) < 1e-12 for pair in pairs for value in pair.point().s)
         nets.disturb(pairs, 0.3)
         for pair in pairs:
             left = pair.left_matrix().detach()[:, :3].clone()
