@@ -753,7 +753,7 @@ MUTANTS = [
         ForgettingCounters,
     ),
     wrong_class(
-        "anchor counted in the norm",
+        "anchor counted in the tangent norm",
         path_laws.law_tangent_norm_counts_the_point_alone,
         "sqrt(2) too large at step 0",
         NormWithAnchor,
