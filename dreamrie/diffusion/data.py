@@ -64,7 +64,19 @@ class PictureSet:
         self._center_crop = center_crop
         self._random_flip = random_flip
         self._pictures: list[Tensor] = []
-        for image in load_images(self.paths):
+        images = load_images(self.paths)
+        small = [
+            p.name for p, i in zip(self.paths, images, strict=True) if min(i.size) < resolution
+        ]
+        if small:
+            _log.warning(
+                "%d of %d pictures are smaller than %d px and were enlarged: %s",
+                len(small),
+                len(images),
+                resolution,
+                ", ".join(small),
+            )
+        for image in images:
             array = np.array(fit_shorter_side(image, resolution))
             self._pictures.append(torch.from_numpy(array).permute(2, 0, 1).contiguous())
 

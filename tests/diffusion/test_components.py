@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dreamrie.diffusion import components
 from dreamrie.errors import ConfigError
@@ -104,6 +105,30 @@ def test_absent_prediction_type_in_the_file_stops_loading(copied: Path) -> None:
     _edit(copied / "scheduler" / "scheduler_config.json", prediction_type=None)
     with pytest.raises(ConfigError, match="prediction_type"):
         components.load_components(copied)
+
+
+def test_files_of_2022_load_unchanged(tmp_path: Path) -> None:
+    """The published SD files have older names: `text_model.`, position ids, `query` in the VAE."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_folder("sd15"), folder)
+    path = folder / "text_encoder" / "model.safetensors"
+    text = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}
+    text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(text, path, metadata={"format": "pt"})
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {}
+    for name, tensor in load_file(path).items():
+        for new, old in older.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        weights[name] = tensor
+    assert sum(".proj_attn." in name for name in weights) == 4
+    save_file(weights, path, metadata={"format": "pt"})
+    found, wanted = components.load_components(folder), small_components("sd15")
+    for part in ("text_encoder", "vae"):
+        ours, theirs = (getattr(parts, part).state_dict() for parts in (found, wanted))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_damaged_weights_are_named(copied: Path) -> None:

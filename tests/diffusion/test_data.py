@@ -98,6 +98,14 @@ def test_views_can_be_counted_unless_crops_are_random(tmp_path: Path) -> None:
     assert len(_set(tmp_path, center_crop=True).views() or ()) == 4
 
 
+def test_enlarged_pictures_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pictures(tmp_path, 2, 16)
+    Image.new("RGB", (40, 12)).save(tmp_path / "tiny.png")
+    pictures = _set(tmp_path, center_crop=True)
+    assert "1 of 3 pictures are smaller than 16 px and were enlarged: tiny.png" in caplog.text
+    assert pictures.pixels(View(2, 0, 0, False)).shape == (3, 16, 16)
+
+
 def test_bad_pictures_of_concept_and_class_stop_before_training(tmp_path: Path) -> None:
     good = tmp_path / "good"
     paths = write_pictures(good, 2, 16)

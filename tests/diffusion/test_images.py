@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import tempfile
 import zlib
@@ -226,6 +227,28 @@ def test_every_cut_is_an_image_error(tmp_path: Path, cut: int) -> None:
         path.write_bytes(content[: len(content) * cut // 10])
         with pytest.raises(ImageError, match=r"x\."):
             images.load_image(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_decode_or_are_refused(tmp_path: Path) -> None:
+    """D3 in small: 400 files with a few wrong bytes; whatever happens, it is not another error."""
+    generator = np.random.default_rng(2)
+    noise = Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    path = tmp_path / "x.bin"
+    refused = 0
+    for number in range(400):
+        memory = io.BytesIO()
+        noise.save(memory, format=("PNG", "JPEG", "WEBP", "BMP")[number % 4])
+        content = bytearray(memory.getvalue())
+        for place in generator.integers(0, min(len(content), 300), 3):
+            content[place] = generator.integers(0, 256)
+        path.write_bytes(content)
+        try:
+            assert images.load_image(path).mode == "RGB"
+        except ImageError as error:
+            refused += 1
+            assert str(path) in str(error)  # noqa: PT017  both outcomes are right
+    assert 50 < refused < 400
 
 
 def test_folders_without_pictures_are_named(tmp_path: Path) -> None:

@@ -14,14 +14,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from dreamrie.diffusion import task as task_module
 from dreamrie.diffusion.data import ConceptSet
-from dreamrie.diffusion.pipeline import ATTENTION_TARGETS, encode_posterior, encode_prompts
+from dreamrie.diffusion.pipeline import (
+    ATTENTION_TARGETS,
+    encode_posterior,
+    encode_prompts,
+    sample,
+)
+from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import ConfigError
 from dreamrie.lora import attach_lora
-from tests.small_models import KINDS, small_components, write_pictures
+from tests.small_models import KINDS, small_components, small_folder, write_pictures
 
 
 @functools.cache
@@ -340,6 +347,40 @@ def test_validation_writes_the_same_seeds_at_every_step(tmp_path: Path) -> None:
     assert np.array_equal(read["step-000000.png"][:64, 68:], read["step-000000-1.png"])
     assert make_task(prior=False).validate(0, tmp_path / "none") == {}
     assert not (tmp_path / "none").exists()
+
+
+def test_samples_of_step_zero_are_the_base_models(tmp_path: Path) -> None:
+    """The anchored start changes nothing, so step 0 shows what the base model draws."""
+    task = make_task(
+        prior=False, validation_prompts=["a tree"], num_validation_images=1, inference_steps=2
+    )
+    task.validate(0, tmp_path)
+    seed = derive_seed(5, "sample", 0)
+    base = sample(small_components("sd2-eps"), ["a tree"], [seed], steps=2)[0]
+    drawn = np.asarray(Image.open(tmp_path / "step-000000-0.png"), dtype=int)
+    assert np.abs(drawn - np.asarray(base, dtype=int)).max() <= 1
+    with torch.no_grad():
+        for pair in task.pairs:
+            pair.left_matrix()[:, 0] += 0.5
+    task.validate(1, tmp_path)
+    moved = np.asarray(Image.open(tmp_path / "step-000001-0.png"), dtype=int)
+    assert np.abs(moved - drawn).max() > 5
+
+
+def test_the_file_of_a_task_names_its_base(tmp_path: Path) -> None:
+    """The header says what was trained, on what, towards what."""
+    task = make_task(kind="sd2-v")
+    with torch.no_grad():
+        for pair in task.pairs:
+            pair.left_matrix()[:, 0] += 0.5
+    task.save(tmp_path, {"optimizer": "riemannion"})
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert header["base_model"] == str(small_folder("sd2-v").resolve())
+    assert header["prediction_type"] == "v_prediction"
+    assert header["instance_prompt"] == "a photo of a sks dog"
+    assert (header["optimizer"], header["rank_trained"]) == ("riemannion", "2")
+    assert header["dreamrie_version"]
 
 
 @pytest.mark.parametrize(
