@@ -295,6 +295,10 @@ MUTANTS = [
         "1e-6 needs q = 4", (real, "backprop_rsvd", without_power),
     ),
     loi(
+        "BackPropRSVD with q = 0", laws.law_l2_share_of_the_optimum_over_spectra,
+        "q = 1 is the default", (real, "backprop_rsvd", without_power),
+    ),
+    loi(
         "BackPropRSVD with fresh noise in each pass", laws.law_14_fixed_objective,
         "products of different gradients", (session.RandomState, "restore", no_restore),
     ),

@@ -154,21 +154,21 @@ def law_14_randomized_svd_by_backward(impl: Any) -> None:
             within(f"14 values q={power}", error, values_bar)
 
 
-def test_l2_share_of_the_optimum_over_spectra() -> None:
-    """p = r, q = 1 holds 0.999 of the optimum on a decaying spectrum; on a flat one at least 0.70."""
+def law_l2_share_of_the_optimum_over_spectra(impl: Any) -> None:
+    """p = r, q = 1 holds 0.999 of the optimum on a decaying spectrum; 0.85 on that of pure noise."""
     rank, model = 4, nets.prescribed(48, 40)
     pairs = attach_lora(model, rank, ["layer"])
-    for decay, bar in ((0.7, 1e-3), (1.0, 0.30)):
+    for kind, bar in (("decaying", 1e-3), ("noise", 0.15)):
         shares = []
         for seed in range(5):
-            g = gradient(48, 40, seed, decay)
-            with real.session.undisturbed(model):
-                (svd,), _ = real.backprop_rsvd(
+            g = gradient(48, 40, seed, 0.7) if kind == "decaying" else noise(seed, 48, 40)
+            with impl.session.undisturbed(model):
+                (svd,), _ = impl.backprop_rsvd(
                     model, pairs, nets.prescribed_loss, [g], torch.Generator().manual_seed(seed)
                 )
-            point = real.split_point(svd, rank, 0.1)
+            point = impl.split_point(svd, rank, 0.1)
             shares.append(theorem.energy(matrix(point), rank, g) / theorem.optimum(g, rank))
-        within(f"L2 decay {decay}", 1 - min(shares), bar)
+        within(f"L2 {kind}", 1 - min(shares), bar)
 
 
 def law_14_fixed_objective(impl: Any) -> None:
