@@ -1,0 +1,169 @@
+"""The U-Net: epsilon prediction on cached latents, conditioned by the frozen text tower of the tiny CLIP."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from tools.pretrain_tiny import autoencoder, clip, stages, text
+
+log = logging.getLogger("pretrain_tiny")
+
+BATCH = 32
+STEPS = 12_000
+DECAY_STEPS = 2_500
+PEAK_LR = 1e-3
+EMA_DECAY = 0.999
+EMA_EVERY = 4
+CAPTION_DROP = 0.1
+SNR_GAMMA = 5.0
+
+
+def build() -> UNet2DConditionModel:
+    """SD2 layout (cross-attention, linear projections, 32-wide heads) on 8 x 8 latents."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=autoencoder.CHANNELS,
+        out_channels=autoencoder.CHANNELS,
+        block_out_channels=(96, 192),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=clip.TEXT["width"],
+        attention_head_dim=(3, 6),
+        use_linear_projection=True,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """Linear betas: almost no signal is left at the last step, so that plain backgrounds come out plain."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+        timestep_spacing="trailing",
+    )
+
+
+def cached_latents(work: Path, raw: Path) -> np.ndarray:
+    """Scaled latents of all rendered pictures, fp16 (n, 32, 8, 8), memory-mapped; computed once."""
+    path = work / "latents.npy"
+    if not path.exists():
+        pixels, _ = stages.rendered(work, raw)
+        model = autoencoder.build()
+        autoencoder.write_encoder(model, autoencoder.patch_code(work, raw))
+        latents = np.empty((len(pixels), autoencoder.CHANNELS, 8, 8), dtype=np.float16)
+        with torch.no_grad():
+            for at in range(0, len(pixels), 500):
+                batch = model.encode(stages.to_tensor(pixels[at : at + 500])).latents
+                latents[at : at + 500] = (batch * model.config.scaling_factor).half().numpy()
+
+        def write(target: Path) -> None:
+            with target.open("wb") as handle:
+                np.save(handle, latents)
+
+        stages.save_atomic(path, write)
+    return np.load(path, mmap_mode="r")
+
+
+class Conditions:
+    """Text embeddings by caption: computed when first asked for, kept as fp16 rows."""
+
+    def __init__(self, work: Path, captions: list[str]) -> None:
+        self._encoder, tokenizer = text.load(work)
+        self._ids = text.token_ids(tokenizer, [*captions, ""])
+        self._cache: Tensor | None = None
+        self._known = torch.zeros(len(captions) + 1, dtype=torch.bool)
+
+    @property
+    def empty_row(self) -> int:
+        """Row of the empty caption."""
+        return len(self._ids) - 1
+
+    @torch.no_grad()
+    def rows(self, index: Tensor) -> Tensor:
+        """fp32 (b, 77, width) for caption numbers (b,)."""
+        if self._cache is None:
+            width = self._encoder.config.hidden_size
+            self._cache = torch.empty(
+                (len(self._ids), self._ids.shape[1], width), dtype=torch.float16
+            )
+        missing = index[~self._known[index]].unique()
+        if len(missing):
+            with torch.autocast("cpu", torch.bfloat16):
+                states = self._encoder(self._ids[missing]).last_hidden_state
+            self._cache[missing] = states.half()
+            self._known[missing] = True
+        return self._cache[index].float()
+
+
+def _weights(timesteps: Tensor, alphas: Tensor) -> Tensor:
+    snr = alphas[timesteps] / (1 - alphas[timesteps])
+    return torch.clamp(SNR_GAMMA / snr, max=1.0)
+
+
+def train(work: Path, raw: Path, steps: int = STEPS) -> None:
+    """Train and write `unet.pt` with raw and averaged weights (resumable)."""
+    torch.manual_seed(0)
+    latents = cached_latents(work, raw)
+    _, captions = stages.rendered(work, raw)
+    conditions = Conditions(work, captions)
+    model, average = build(), build()
+    average.load_state_dict(model.state_dict())
+    average.requires_grad_(False)
+    alphas = scheduler().alphas_cumprod
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    progress = stages.Progress(work / "unet.pt", model=model, average=average, optimizer=optimizer)
+    started, running = time.time(), 0.0
+    for step in range(progress.step, steps):
+        generator = torch.Generator().manual_seed(1_000_000 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = stages.trapezoid(step, steps, PEAK_LR, DECAY_STEPS)
+        rows = torch.randint(len(latents), (BATCH,), generator=generator)
+        clean = torch.from_numpy(latents[rows.numpy()]).float()
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROP
+        condition = conditions.rows(torch.where(dropped, conditions.empty_row, rows))
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = model(noisy, timesteps, condition).sample
+        error = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
+        loss = (error * _weights(timesteps, alphas)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % EMA_EVERY == 0:
+            decay = min(EMA_DECAY, (step + 1) / (step + 10)) ** EMA_EVERY
+            with torch.no_grad():
+                for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                    mean.lerp_(value, 1 - decay)
+        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
+        if (step + 1) % 100 == 0:
+            rate = (step + 1 - progress.step) * BATCH / (time.time() - started)
+            log.info("unet %d/%d  loss %.4f  %.0f pictures/s", step + 1, steps, running, rate)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            started, _ = time.time(), progress.save(step + 1)
+
+
+def load(work: Path) -> UNet2DConditionModel:
+    """The trained U-Net with averaged weights."""
+    model = build()
+    model.load_state_dict(torch.load(work / "unet.pt", weights_only=True)["average"])
+    return model.eval()
