@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from dreamrie.adapter_file import save_diffusers_lora
-from dreamrie.diffusion.data import ConceptSet, PictureSet, View
+from dreamrie.diffusion.cache import LatentCache
+from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.images import contact_sheet, save_png
 from dreamrie.diffusion.pipeline import (
     Components,
-    Posterior,
     check_prompt,
-    encode_posterior,
     encode_prompts,
     sample,
 )
@@ -28,8 +27,6 @@ from dreamrie.errors import ConfigError
 from dreamrie.lora import LoraPair
 
 _log = logging.getLogger(__name__)
-
-_ENCODE_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -51,40 +48,6 @@ class Batch:
     text: Tensor
     weights: Tensor
     names: tuple[str, ...]
-
-
-class LatentCache:
-    """Latents of one picture set: encoded once if the views can be counted, on demand otherwise.
-
-    Args:
-        vae: encodes; not used again after construction when `is_complete`.
-        pictures: the set.
-    """
-
-    def __init__(self, vae: Any, pictures: PictureSet) -> None:
-        self._vae = vae
-        self._pictures = pictures
-        self._stored: dict[View, Posterior] = {}
-        views = pictures.views()
-        self.is_complete = views is not None
-        for start in range(0, len(views or ()), _ENCODE_BATCH):
-            chunk = (views or [])[start : start + _ENCODE_BATCH]
-            posterior = self._encode(chunk)
-            for row, view in enumerate(chunk):
-                self._stored[view] = Posterior(posterior.mean[row].cpu(), posterior.std[row].cpu())
-
-    def posterior(self, view: View) -> Posterior:
-        """Mean and standard deviation for one view, (channels, height, width), on the CPU."""
-        if view in self._stored:
-            return self._stored[view]
-        mean, std = self._encode([view])
-        return Posterior(mean[0].cpu(), std[0].cpu())
-
-    def _encode(self, views: Sequence[View]) -> Posterior:
-        """Posterior of a stack of views."""
-        return encode_posterior(
-            self._vae, torch.stack([self._pictures.pixels(view) for view in views])
-        )
 
 
 class DreamBoothTask:

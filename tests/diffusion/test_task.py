@@ -249,41 +249,6 @@ def test_timesteps_cover_the_schedule() -> None:
     assert abs(float(drawn.double().mean()) - 499.5) < 60
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_cached_latents_are_fresh_draws_of_the_posterior(flip: bool) -> None:
-    """The cache keeps mean and spread, not one draw: the same picture differs from step to step."""
-    task = make_task(prior=False, flip=flip, batch_size=1)
-    pictures, vae = task.concept.instance, task.components.vae
-    draws: dict[Any, list[Tensor]] = {}
-    for step in range(1, 31):
-        view = pictures.view_at(5, "training/concept", step - 1)
-        draws.setdefault(view, []).append(task.batch(step, 0).latents[0])
-    assert len(draws) == len(pictures.views()) == (10 if flip else 5)
-    for view, found in draws.items():
-        posterior = encode_posterior(vae, pictures.pixels(view)[None])
-        standard = (torch.stack(found) - posterior.mean) / posterior.std
-        assert abs(float(standard.mean())) < 0.2
-        assert 0.85 < float(standard.std()) < 1.15
-        if len(found) > 1:
-            assert float((found[0] - found[1]).abs().max()) > 1e-3
-
-
-def test_random_crops_are_encoded_on_demand(tmp_path: Path) -> None:
-    """Where crops cannot be counted, latents are those of the crop that was drawn."""
-    noise = np.random.default_rng(3).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "wide.png")
-    task = make_task(kind="tiny-vae", prior=False, folder=tmp_path, batch_size=1)
-    pictures = task.concept.instance
-    assert pictures.views() is None
-    lefts = set()
-    for step in range(1, 6):
-        view = pictures.view_at(5, "training/concept", step - 1)
-        lefts.add(view.left)
-        wanted = encode_posterior(task.components.vae, pictures.pixels(view)[None]).mean
-        assert float((task.batch(step, 0).latents - wanted).abs().max()) < 1e-5
-    assert len(lefts) > 1
-
-
 def test_a_loss_is_described_by_its_files() -> None:
     task = make_task()
     batch = task.batch(1, 0)

@@ -1,0 +1,47 @@
+"""Latents of the pictures, encoded once where possible, so that the VAE can leave the accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dreamrie.diffusion.data import PictureSet, View
+from dreamrie.diffusion.pipeline import Posterior, encode_posterior
+
+_ENCODE_BATCH = 8
+
+
+class LatentCache:
+    """Latents of one picture set: encoded once if the views can be counted, on demand otherwise.
+
+    Args:
+        vae: encodes; not used again after construction when `is_complete`.
+        pictures: the set.
+    """
+
+    def __init__(self, vae: Any, pictures: PictureSet) -> None:
+        self._vae = vae
+        self._pictures = pictures
+        self._stored: dict[View, Posterior] = {}
+        views = pictures.views()
+        self.is_complete = views is not None
+        for start in range(0, len(views or ()), _ENCODE_BATCH):
+            chunk = (views or [])[start : start + _ENCODE_BATCH]
+            posterior = self._encode(chunk)
+            for row, view in enumerate(chunk):
+                self._stored[view] = Posterior(posterior.mean[row].cpu(), posterior.std[row].cpu())
+
+    def posterior(self, view: View) -> Posterior:
+        """Mean and standard deviation for one view, (channels, height, width), on the CPU."""
+        if view in self._stored:
+            return self._stored[view]
+        mean, std = self._encode([view])
+        return Posterior(mean[0].cpu(), std[0].cpu())
+
+    def _encode(self, views: Sequence[View]) -> Posterior:
+        """Posterior of a stack of views."""
+        return encode_posterior(
+            self._vae, torch.stack([self._pictures.pixels(view) for view in views])
+        )
