@@ -46,6 +46,14 @@ logger = logging.getLogger(__name__)
 # One entry per layer: the first describe the model at hand, the second count.
 _DESCRIPTION = ("names", "scaling", "rank", "anchor_rank")
 _COUNTERS = ("skipped", "skipped_in_a_row", "floor_hits")
+# For pickles and states written before an option existed.
+_OPTIONS: dict[str, Any] = {
+    "decay_to": "anchor",
+    "sigma_floor": 1e-8,
+    "exact_norm": False,
+    "inner_iters": 1,
+    "max_consecutive_skips": 10,
+}
 
 
 class Riemannion(Optimizer):
@@ -117,7 +125,7 @@ class Riemannion(Optimizer):
         """Unpickle; options that an older version did not know take their defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
+            for key, value in (_OPTIONS | self.defaults).items():
                 group.setdefault(key, value)
             for key in _COUNTERS:
                 group.setdefault(key, [0] * (len(group["params"]) // 2))
@@ -201,7 +209,11 @@ class Riemannion(Optimizer):
     def _advance(self, batch: Batch) -> list[Layer]:
         """Step one batch and commit it; returns the layers that were not finite."""
         layers, group = batch.layers, batch.layers[0].group
-        options = StepOptions(*(group[key] for key in StepOptions._fields))
+        lr = group["lr"]
+        options = StepOptions(
+            lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            *(group[key] for key in StepOptions._fields[1:]),
+        )
         anchored = group["decay_to"] == "anchor" and group["weight_decay"] and layers[0].anchor_rank
         anchor = anchor_of(layers) if anchored else None
         result = fused_step(batch.state, batch.gradient_v, batch.gradient_t_u, options, anchor)
@@ -228,17 +240,21 @@ class Riemannion(Optimizer):
 
     def _count_skips(self, layers: list[Layer]) -> None:
         """Count skipped layers; raise when one was skipped too often in a row."""
+        if not layers:
+            return
+        logger.warning(
+            "gradient not finite, left as they are: %s", [layer.name for layer in layers]
+        )
         stuck = []
         for layer in layers:
             layer.group["skipped"][layer.index] += 1
             layer.group["skipped_in_a_row"][layer.index] += 1
-            logger.warning("%s: gradient not finite, layer left as it is", layer.name)
             if layer.group["skipped_in_a_row"][layer.index] >= layer.group["max_consecutive_skips"]:
                 stuck.append(layer.name)
         if stuck:
             raise NumericalError(
-                f"Riemannion: gradients of {stuck} were not finite {layers[0].group['max_consecutive_skips']} times in "
-                "a row. Lower the learning rate, train in fp32 or bf16, or look at the data of these steps."
+                f"Riemannion: max_consecutive_skips reached, the gradients of {stuck} were not finite in so many steps "
+                "in a row. Lower the learning rate, train in fp32 or bf16, or look at the data of these steps."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

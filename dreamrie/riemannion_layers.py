@@ -6,6 +6,9 @@ division of columns; any other factors are read through the SVD gauge, where it 
 
 The step is equivariant under transposition, so each layer is treated as tall, max(out, in) rows, and (out, in) and
 (in, out) share a batch.
+
+Layout of the state, per parameter: `basis` and `momentum`, both (rows, r), and for the tall one `singular_values` (r,).
+The momentum of the tall parameter is normal to its basis, that of the short one carries the core.
 """
 
 from __future__ import annotations

@@ -283,11 +283,25 @@ def test_pickle_of_an_older_version_gets_defaults() -> None:
         {k: v for k, v in group.items() if k not in ("exact_norm", "floor_hits")}
         for group in state["param_groups"]
     ]
+    state["defaults"] = {k: v for k, v in state["defaults"].items() if k != "exact_norm"}
     older = Riemannion.__new__(Riemannion)
     older.__setstate__(state)
     assert older.param_groups[0]["exact_norm"] is False
     assert older.floor_hits == 0
     run(older, Quadratic(pairs), 1, start=2)
+
+
+def test_state_of_an_older_version_gets_defaults() -> None:
+    """A state without counters and later options loads; the optimizer's own description of the layers stays."""
+    optimizer, pairs = stepped()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in ("exact_norm", "floor_hits", "skipped", "names", "scaling"):
+        del saved["param_groups"][0][key]
+    fresh = Riemannion(pairs)
+    fresh.load_state_dict(saved)
+    assert fresh.skipped_steps == fresh.floor_hits == 0
+    assert fresh.param_groups[0]["scaling"] == [pair.scaling for pair in pairs]
+    assert fresh.param_groups[0]["lr"] == 0.02
 
 
 def test_state_of_other_layers_is_refused() -> None:
