@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dreamrie.config import (
@@ -47,6 +47,18 @@ def test_a_switch_in_a_file_can_be_overruled(tmp_path: Path) -> None:
 
 def test_a_negative_number_is_a_value_not_a_flag() -> None:
     assert parse_config([*NEEDED, "--start_scale", "-5e-2"]).adapter.start_scale == -0.05
+
+
+def test_prompts_may_follow_one_flag_or_several() -> None:
+    for words in (["--validation_prompt", "a", "b"], ["--validation_prompt", "a"] * 2):
+        words[-1] = "b"
+        assert parse_config([*NEEDED, *words]).validation.validation_prompt == ["a", "b"]
+
+
+def test_a_long_value_is_shown_shortly() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(NEEDED_VALUES | {"rank": ["x" * 10_000] * 1000})
+    assert len(str(caught.value)) < 400
 
 
 def test_dashes_and_underscores_are_the_same_flag() -> None:
@@ -142,7 +154,8 @@ def prompt_line(text: str) -> str:
         ("? [rank]\n: 4\n", ["name of a setting"]),
         ("rank: !!python/object/apply:os.system ['true']\n", ["YAML"]),
         ("rank: 4\n---\nrank: 5\n", ["YAML"]),
-        ("a: &x [*x]\n", ["YAML", "recursive"]),
+        ("a: &x [*x]\n", ["YAML", "aliases"]),
+        ("rank: " + "[" * 5000, ["YAML"]),
         ("rank:\n  deep: 1\n", ["rank", "integer"]),
         ("instance_prompt: 1234\n", ["instance_prompt", "string"]),
         ("instance_prompt: true\n", ["instance_prompt", "string"]),
@@ -297,6 +310,8 @@ def test_any_values_are_a_configuration_or_a_config_error(values: dict[str, Any]
     assert again == config
 
 
+@example("0\x85")
+@example("line\u2028end\nand\ttab ")
 @given(texts.filter(lambda text: bool(text.strip())))
 def test_any_prompt_survives_the_settings_file(prompt: str) -> None:
     config = make_config(NEEDED_VALUES | {"instance_prompt": prompt, "validation_prompt": [prompt]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -91,6 +92,16 @@ def _flat_mapping(node: yaml.Node | None, loader: _Loader, source: str) -> dict[
     return values
 
 
+def _refuse_bombs(text: str) -> None:
+    """Ten lines of aliases can stand for a billion values, and deep nesting takes forever to read."""
+    depth = 0
+    for token in yaml.scan(text):
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if isinstance(token, yaml.AliasToken) or depth > 10:
+            raise yaml.YAMLError("aliases (*name) and deep nesting are not allowed")
+
+
 def parse_yaml(text: str, source: str = "settings") -> dict[str, Any]:
     """Read `name: value` lines with YAML 1.2 scalars.
 
@@ -105,6 +116,7 @@ def parse_yaml(text: str, source: str = "settings") -> dict[str, Any]:
         ConfigError: not YAML, not a flat mapping, a key twice, or a tag that builds objects.
     """
     try:
+        _refuse_bombs(text)
         loader = _Loader(text)
         return _flat_mapping(loader.get_single_node(), loader, source)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -144,6 +156,14 @@ def _read_file(path: Path) -> dict[str, Any]:
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads."""
 
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Escape what a reader would fold or refuse, such as unusual line ends."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 # Quote by the rules of the reader, not by PyYAML's own: else the text "1e-4" would come back as a
 # number.
@@ -222,7 +242,7 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
             flag, type=_number(kind), metavar=kind.__name__.upper(), help=text, **common
         )
     elif getattr(kind, "__origin__", None) is list:
-        group.add_argument(flag, nargs="+", metavar="TEXT", help=text, **common)
+        group.add_argument(flag, nargs="+", action="extend", metavar="TEXT", help=text, **common)
     elif choices := get_args(kind):
         metavar = "{" + ",".join(choices) + "}"
         group.add_argument(flag, metavar=metavar, help=text, **common)
@@ -314,8 +334,8 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> str:
         return _message(f"--{name} is missing", "command line", _describe(name))
     if not named:
         return _message(message, where, "change one of the two settings")
-    got = repr(first["input"])
-    what = f"{name} cannot be {got[:100]}: {message[:1].lower()}{message[1:]}"
+    got = reprlib.repr(first["input"])
+    what = f"{name} cannot be {got}: {message[:1].lower()}{message[1:]}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         choices = [str(choice) for choice in get_args(_base_type(_types(fields[name][1])[0]))]
         return _message(what, where, closest(first["input"], choices))
