@@ -214,8 +214,8 @@ def law_m7_gradient_predicts_the_change(impl: Any, example: Example) -> None:
             )
             for t in steps
         ]
-        # Below t^2 / 30 the second-order term happens to cancel and says nothing.
-        if errors[1] > float(steps[1]) ** 2 / 30:
+        # Below t^2 / 3 the second-order terms nearly cancel and the third order shows; a wrong gradient gives order t.
+        if errors[1] > float(steps[1]) ** 2 / 3:
             slope = float(torch.tensor(errors[1] / errors[0]).log10())
             within("M7 slope", abs(slope - 2), 0.05)
 
