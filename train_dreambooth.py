@@ -88,7 +88,7 @@ def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer,
             task.loi_batches(adapter.loi_batches),
             alpha=adapter.start_scale,
             estimator=adapter.loi_estimator,
-            lr=settings.learning_rate,
+            lr=settings.spectral_step,
             generator=torch.Generator().manual_seed(config.schedule.seed),
         ).summary()
     lr, decay, beta = settings.learning_rate, settings.weight_decay, settings.momentum

@@ -162,7 +162,8 @@ def test_adamw_from_the_default_start(command: Command, tmp_path: Path) -> None:
 
 
 def test_adamw_from_loi_is_a_named_baseline(command: Command, tmp_path: Path) -> None:
-    assert command("--optimizer", "adamw") == 0
+    # Its learning rate is no spectral norm, so the start need not be ten times as large.
+    assert command("--optimizer", "adamw", "--learning_rate", 0.05, "--max_train_steps", 2) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["optimizer"] == "adamw (rank-2r baseline)"
 

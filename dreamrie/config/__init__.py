@@ -12,8 +12,6 @@ from dreamrie.config.reading import (
     is_verbose,
     make_config,
     parse_config,
-    parse_yaml,
-    to_yaml,
 )
 from dreamrie.config.schema import (
     GROUPS,
@@ -28,6 +26,7 @@ from dreamrie.config.schema import (
     TrainConfig,
     ValidationSettings,
 )
+from dreamrie.config.text import parse_yaml, to_yaml
 
 __all__ = [
     "GROUPS",

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dreamrie.config.schema import GROUPS, TrainConfig
+from dreamrie.config.text import message, parse_yaml
 from dreamrie.errors import ConfigError
 
 # A settings file is a page; anything longer was given by mistake.
@@ -34,166 +34,6 @@ def closest(word: str, known: Iterable[str]) -> str:
     """End of a message: the nearest known name, or nothing if none is near."""
     near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "`--help` lists the settings."
-
-
-def _message(what: str, where: str, remedy: str) -> str:
-    """Three lines: what, where, what to do."""
-    return f"{what}\n  where: {where}\n  what to do: {remedy}"
-
-
-# ---------------------------------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: PyYAML's 1.1 rules read 1e-4 as text, `no` as False and 010 as 8."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
-    )
-
-
-def _flat_mapping(node: yaml.Node | None, loader: _Loader, source: str) -> dict[str, Any]:
-    """Build the one mapping of a settings file; a second use of a key is an error."""
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(
-            _message(
-                "the settings file is not a list of `name: value` lines",
-                source,
-                "write one setting per line, named as the flags are: `rank: 4`",
-            )
-        )
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        where = f"{source}, line {key_node.start_mark.line + 1}"
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise ConfigError(
-                _message(f"{key!r} is not the name of a setting", where, "use a flag's name")
-            )
-        if key in values:
-            raise ConfigError(_message(f"{key} is given twice", where, "keep one of the two lines"))
-        values[key] = loader.construct_object(value_node, deep=True)
-    return values
-
-
-def _refuse_bombs(text: str) -> None:
-    """Ten lines of aliases can stand for a billion values, and deep nesting takes forever to read."""
-    depth = 0
-    for token in yaml.scan(text):
-        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
-        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
-        if isinstance(token, yaml.AliasToken) or depth > 10:
-            raise yaml.YAMLError("aliases (*name) and deep nesting are not allowed")
-
-
-def parse_yaml(text: str, source: str = "settings") -> dict[str, Any]:
-    """Read `name: value` lines with YAML 1.2 scalars.
-
-    Args:
-        text: contents of a settings file.
-        source: where the text comes from, for messages.
-
-    Returns:
-        Values by name, not yet checked.
-
-    Raises:
-        ConfigError: not YAML, not a flat mapping, a key twice, or a tag that builds objects.
-    """
-    try:
-        _refuse_bombs(text)
-        loader = _Loader(text)
-        return _flat_mapping(loader.get_single_node(), loader, source)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(
-            _message(
-                f"the settings file cannot be read as YAML: {reason}",
-                source,
-                "write one `name: value` per line; put text with : or # in quotes",
-            )
-        ) from error
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """Values of a settings file."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(
-                _message(
-                    f"the settings file is larger than {MAX_FILE_BYTES} bytes",
-                    str(path),
-                    "give a YAML file of settings to --config",
-                )
-            )
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            _message(
-                f"the settings file cannot be opened: {error}",
-                f"--config {path}",
-                "check the path and that it is UTF-8 text",
-            )
-        ) from error
-    return parse_yaml(text, str(path))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    """Escape what a reader would fold or refuse, such as unusual line ends."""
-    style = None if text.isprintable() else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-# Quote by the rules of the reader, not by PyYAML's own: else the text "1e-4" would come back as a
-# number.
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *rules]
-    for first, rules in _Loader.yaml_implicit_resolvers.items()
-} | {
-    first: rules
-    for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    if first not in _Loader.yaml_implicit_resolvers
-}
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """Write a configuration so that `--config` reads the same one back."""
-    parts = ["# Settings of a dreamrie training; use with --config.\n"]
-    for group in GROUPS:
-        if group == "run":
-            continue
-        values = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in getattr(config, group)
-            if value is not None
-        }
-        if values:
-            text = yaml.dump(
-                values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000
-            )
-            parts.append(f"\n# {group}\n{text}")
-    return "".join(parts)
 
 
 # --------------------------------------------------------------------------------------- flags
@@ -296,19 +136,19 @@ def _parse_flags(argv: Sequence[str]) -> dict[str, Any]:
         known, unknown = build_parser().parse_known_args(_normalized(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(
-            _message(str(error), "command line", "`--help` shows how to use it")
+            message(str(error), "command line", "`--help` shows how to use it")
         ) from error
     if unknown:
         word = unknown[0]
         if not word.startswith("-"):
             raise ConfigError(
-                _message(
+                message(
                     f"{word!r} belongs to no flag", "command line", "put text with blanks in quotes"
                 )
             )
         name = word.lstrip("-").partition("=")[0]
         raise ConfigError(
-            _message(f"--{name} is not a setting", "command line", closest(name, _fields()))
+            message(f"--{name} is not a setting", "command line", closest(name, _fields()))
         )
     return vars(known)
 
@@ -327,21 +167,21 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> str:
     first, fields = issues[0], _fields()
     # Location: (group, setting, index...), (group, setting, type...) or () for a combination.
     named = [str(part) for part in first["loc"][1:] if part in fields]
-    message = str(first["msg"]).removeprefix("Value error, ")
-    name = named[0] if named else message.split(" ")[0].strip("'")
+    complaint = str(first["msg"]).removeprefix("Value error, ")
+    name = named[0] if named else complaint.split(" ")[0].strip("'")
     where = sources.get(name, "not given")
     if first["type"] == "missing":
-        return _message(f"--{name} is missing", "command line", _describe(name))
+        return message(f"--{name} is missing", "command line", _describe(name))
     if not named:
-        return _message(message, where, "change one of the two settings")
+        return message(complaint, where, "change one of the two settings")
     got = reprlib.repr(first["input"])
-    what = f"{name} cannot be {got}: {message[:1].lower()}{message[1:]}"
+    what = f"{name} cannot be {got}: {complaint[:1].lower()}{complaint[1:]}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         choices = [str(choice) for choice in get_args(_base_type(_types(fields[name][1])[0]))]
-        return _message(what, where, closest(first["input"], choices))
+        return message(what, where, closest(first["input"], choices))
     others = {str(part) for issue in issues for part in issue["loc"][1:] if part in fields} - {name}
     more = f" (also wrong: {', '.join(sorted(others))})" if others else ""
-    return _message(what, where, _describe(name) + more)
+    return message(what, where, _describe(name) + more)
 
 
 def _describe(name: str) -> str:
@@ -367,7 +207,7 @@ def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -
     for name, value in values.items():
         if name not in fields:
             where = sources.get(name, "settings")
-            raise ConfigError(_message(f"{name} is not a setting", where, closest(name, fields)))
+            raise ConfigError(message(f"{name} is not a setting", where, closest(name, fields)))
         if value is None and not fields[name][1].is_required():
             continue  # `variant:` with nothing after it is the default
         nested[fields[name][0]][name] = value
@@ -375,6 +215,29 @@ def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -
         return TrainConfig.model_validate(nested).resolved()
     except ValidationError as error:
         raise ConfigError(_explain(error, sources)) from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Values of a settings file."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(
+                message(
+                    f"the settings file is larger than {MAX_FILE_BYTES} bytes",
+                    str(path),
+                    "give a YAML file of settings to --config",
+                )
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            message(
+                f"the settings file cannot be opened: {error}",
+                f"--config {path}",
+                "check the path and that it is UTF-8 text",
+            )
+        ) from error
+    return parse_yaml(text, str(path))
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:

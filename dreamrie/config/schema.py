@@ -157,6 +157,11 @@ class OptimizerSettings(Group):
         "not clip; default 1.0, for riemannion and muon 0",
     )
 
+    @property
+    def spectral_step(self) -> float | None:
+        """Learning rate where it is the size of a step in spectral norm; None where it is not."""
+        return self.learning_rate if self.optimizer == "riemannion" else None
+
 
 class ScheduleSettings(Group):
     """How long and how fast."""

@@ -72,7 +72,7 @@ class _Loop:
 
     def accumulate(self, step: int) -> Tensor:
         """Gradients of the mean loss over all micro-batches of all processes; returns that mean."""
-        count, total = self.settings.accumulation, torch.zeros((), dtype=torch.float64)
+        count, losses = self.settings.accumulation, []
         for index in range(count):
             micro = self.micro_number(index)
             batch = self.task.batch(step, micro)
@@ -80,7 +80,8 @@ class _Loop:
             with own_random_stream(self.accelerator.device, seed), self.accelerator.autocast():
                 loss = self.task.loss(batch)
             self.accelerator.backward(loss / count)
-            total = total.to(loss.device) + loss.detach() / count
+            losses.append(loss.detach())
+        total = torch.stack(losses).mean()
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total, reduction="mean")
             for parameter in self.parameters:
@@ -114,7 +115,7 @@ class _Loop:
             skip = "gradient"
         elif self.settings.max_grad_norm is not None:
             limit = self.settings.max_grad_norm
-            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm.to(loss.device))
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm.to(loss))
         if skip is None or self.accelerator.scaler is not None:
             # With a loss scale this step does nothing but lower the scale when it overflowed.
             self.stepper.step()
