@@ -1,4 +1,6 @@
-"""The whole recipe, from package download to the saved pipeline: python -m tools.pretrain_tiny all
+"""The whole recipe, from package download to the saved pipeline.
+
+    python -m tools.pretrain_tiny all
 
 Every stage keeps its state in the work folder and goes on where it was after an interruption.
 """

@@ -33,8 +33,16 @@ def assemble(work: Path, raw: Path, target: Path, vae: AutoencoderTiny | None = 
     directory = target / "tiny-sd"
     shutil.rmtree(directory, ignore_errors=True)
     pipe.save_pretrained(directory, safe_serialization=True)
+    _minify(directory / "tokenizer" / "tokenizer.json")
     _save_clip(work, target / "tiny-clip")
     _write_checksums(target)
+
+
+def _minify(path: Path) -> None:
+    """The same JSON without spaces: a third of the file is indentation."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    compact = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    path.write_text(compact, encoding="utf-8")
 
 
 def _save_clip(work: Path, directory: Path) -> None:

@@ -102,7 +102,7 @@ def _write_upsampled(layer: nn.Conv2d, source: slice, target: slice) -> None:
 
 def _wake_free_channels(block: nn.Module, generator: torch.Generator) -> None:
     """Random weights into the hidden channels that the start leaves unused, zero weights out: exact, and able to learn."""
-    first, second, third = (block.conv[index] for index in (0, 2, 4))
+    first, second = block.conv[0], block.conv[2]
     free = (first.weight.abs().sum((1, 2, 3)) == 0) & (second.weight.abs().sum((1, 2, 3)) == 0)
     scale = (2.0 / first.weight[0].numel()) ** 0.5
     first.weight[free] = (

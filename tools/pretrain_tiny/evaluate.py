@@ -46,15 +46,6 @@ def draw(pipe: StableDiffusionPipeline, prompts: list[str], first_seed: int) -> 
     return torch.cat(pictures)
 
 
-def border_color(image: Tensor) -> str:
-    """Name of the palette color nearest to the mean of the outer 3 pixels of (3, h, w) in [-1, 1]."""
-    mask = torch.ones(image.shape[1:], dtype=torch.bool)
-    mask[3:-3, 3:-3] = False
-    mean = ((image + 1) * 127.5)[:, mask].mean(1)
-    palette = torch.tensor(list(backgrounds.COLORS.values()), dtype=torch.float32)
-    return list(backgrounds.COLORS)[int((palette - mean).square().sum(1).argmin())]
-
-
 def reference_features(raw: Path, model: torch.nn.Module) -> tuple[list[str], Tensor]:
     """Names and mean judge features of every object, each drawn on different plain backgrounds."""
     rng = np.random.default_rng(7)
@@ -106,7 +97,9 @@ def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
         for noun, color in zip(nouns, colors, strict=True)
     ]
     images = draw(pipe, prompts, 1000)
-    color_right = np.mean([border_color(i) == c for i, c in zip(images, colors, strict=True)])
+    color_right = np.mean(
+        [backgrounds.nearest_color(i) == c for i, c in zip(images, colors, strict=True)]
+    )
     model = judge.load_judge()
     all_names, references = reference_features(raw, model)
     ranks = (judge.embed(model, images) @ references.T).argsort(1, descending=True)
