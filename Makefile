@@ -42,16 +42,16 @@ demo: $(READY)
 	$(PY) -m examples.demo
 
 test: $(READY)
-	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q -m "not slow and not gpu"
+	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q --durations=10 -m "not slow and not gpu"
 
 check: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q --durations=0 tests/contracts/test_layers.py
+	$(PY) -m pytest -q tests/contracts/test_layers.py
 
 full: $(READY)
-	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest -q -m "not gpu"
+	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest -q --durations=10 -m "not gpu"
 
 bench: $(READY)
 	$(PY) -m benchmarks.loi_energy
