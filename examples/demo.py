@@ -17,14 +17,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from dreamrie.config import TrainConfig, parse_config
 from dreamrie.diffusion.images import check_images, load_image
-from dreamrie.diffusion.source import resolve_model
+from dreamrie.diffusion.source import quiet_libraries, resolve_model
 from examples import demo_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,17 +65,18 @@ def train(flags: Sequence[str]) -> None:
         raise SystemExit(code)
 
 
-def load_base(config: TrainConfig) -> StableDiffusionPipeline:
+def load_base(config: TrainConfig) -> diffusers.StableDiffusionPipeline:
     """Load the stock pipeline that was the base of the training, in fp32."""
     source = resolve_model(config.model.pretrained_model_name_or_path, config.model.revision)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        source.directory, dtype=torch.float32, safety_checker=None
-    )
+    with quiet_libraries():
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+            source.directory, dtype=torch.float32, safety_checker=None
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline, config: TrainConfig) -> list[list[Image.Image]]:
+def draw(pipe: diffusers.StableDiffusionPipeline, config: TrainConfig) -> list[list[Image.Image]]:
     """Draw every prompt of the configuration.
 
     Args:
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = ["--config", options.config, *overrides]
     config = parse_config(flags)
     folder = config.output.output_dir
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
 
     watch = Stopwatch()
     train(flags)
