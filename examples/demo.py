@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(flags)
     folder = config.output.output_dir
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # else it remarks that the file has no text encoder
 
     watch = Stopwatch()
     train(flags)
