@@ -8,20 +8,20 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from tools.pretrain_tiny import autoencoder, clip, text, unet
 
 
-def assemble(work: Path, raw: Path, target: Path, vae: AutoencoderTiny | None = None) -> None:
+def assemble(work: Path, raw: Path, target: Path) -> None:
     """Write `target/tiny-sd` (loadable by StableDiffusionPipeline.from_pretrained) and `target/tiny-clip`.
 
     The tiny CLIP's text tower is the pipeline's text encoder; only what is not there is stored a second time.
     """
     text_model, tokenizer = text.load(work)
     pipe = StableDiffusionPipeline(
-        vae=vae or autoencoder.start(work, raw),
+        vae=autoencoder.written(work, raw),
         text_encoder=text_model,
         tokenizer=tokenizer,
         unet=unet.load(work),

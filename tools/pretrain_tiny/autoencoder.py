@@ -1,4 +1,4 @@
-"""The autoencoder: a linear patch code (PCA of 8 x 8 patches) as encoder, fixed from the first minute, and a trained decoder.
+"""The autoencoder: a linear patch code (PCA of 8 x 8 patches) and its decoder, written down, not trained.
 
 The encoder of `AutoencoderTiny` without blocks is a chain of linear convolutions, so it can hold a PCA exactly; latents are
 final before anything is trained, and the U-Net never waits. `decoder_start.py` writes the matching linear decoder.
@@ -6,8 +6,6 @@ final before anything is trained, and the U-Net never waits. `decoder_start.py` 
 
 from __future__ import annotations
 
-import logging
-import time
 from pathlib import Path
 
 import torch
@@ -17,17 +15,11 @@ from torch import Tensor
 
 from tools.pretrain_tiny import decoder_start, stages
 
-log = logging.getLogger("pretrain_tiny")
-
 FACTOR = 8
 CHANNELS = 32
 WIDTH = 64
 PCA_PICTURES = 20_000
 LATENT_STD = 0.1  # the decoder squashes with 3 tanh(z / 3): small latents pass it almost unchanged
-LATENT_NOISE = 0.05 * LATENT_STD  # sampled latents are not exact
-BATCH = 24
-STEPS = 1_500
-PEAK_LR = 4e-4
 
 
 def build() -> AutoencoderTiny:
@@ -46,7 +38,7 @@ def patch_code(work: Path, raw: Path) -> dict[str, Tensor]:
     """Mean (192,), basis (192, k), std (k,) of 8 x 8 patches in [-1, 1], order of `pixel_unshuffle`; cached."""
     path = work / "pca.pt"
     if not path.exists():
-        pixels, _ = stages.rendered(work, raw)
+        pixels, _ = stages.rendered(work, raw, "wide")
         total = torch.zeros(192, dtype=torch.float64)
         square = torch.zeros(192, 192, dtype=torch.float64)
         count = 0
@@ -102,16 +94,14 @@ def write_encoder(model: AutoencoderTiny, code: dict[str, Tensor]) -> None:
     last.bias.copy_(-offset_mean.float())
 
 
-def start(work: Path, raw: Path) -> AutoencoderTiny:
-    """The autoencoder before training: exact patch code and its linear decoder."""
-    torch.manual_seed(0)
+def written(work: Path, raw: Path) -> AutoencoderTiny:
+    """The autoencoder: exact patch code and its linear decoder."""
     code = patch_code(work, raw)
     model = build()
     write_encoder(model, code)
     gain = latent_gain(code["std"])
     decoder_start.write_decoder(model, code["mean"], code["basis"], code["std"], gain)
-    model.encoder.requires_grad_(False)
-    return model
+    return model.eval()
 
 
 @torch.no_grad()
@@ -123,46 +113,3 @@ def psnr(model: AutoencoderTiny, images: Tensor) -> float:
         error += float((output - batch).square().sum())
         count += batch.numel()
     return float(10 * torch.log10(torch.tensor(4.0 * count / error)))
-
-
-def train(work: Path, raw: Path, steps: int = STEPS) -> None:
-    """Train the decoder on mean absolute and squared error, write `autoencoder.pt` (resumable)."""
-    model = start(work, raw)
-    pixels, _ = stages.rendered(work, raw)
-    probe, _ = stages.held_out(raw)
-    parameters = list(model.decoder.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.0)
-    progress = stages.Progress(work / "autoencoder.pt", model=model, optimizer=optimizer)
-    log.info("autoencoder starts at %.2f dB", psnr(model, probe[:128]))
-    started = time.time()
-    for step in range(progress.step, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = stages.cosine(step, steps, PEAK_LR, 50)
-        rows = torch.randint(len(pixels), (BATCH,), generator=torch.Generator().manual_seed(step))
-        images = stages.to_tensor(pixels[rows.numpy()])
-        with torch.no_grad():
-            latents = model.encode(images).latents
-        latents = latents + LATENT_NOISE * torch.randn(latents.shape)
-        difference = model.decode(latents).sample - images
-        loss = difference.square().mean() + 0.05 * difference.abs().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimizer.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            progress.save(step + 1)
-            quality = psnr(model, probe[:128])
-            log.info(
-                "autoencoder %d/%d  %.2f dB  %.0f s",
-                step + 1,
-                steps,
-                quality,
-                time.time() - started,
-            )
-
-
-def load(work: Path) -> AutoencoderTiny:
-    """The trained autoencoder."""
-    model = build()
-    model.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["model"])
-    return model.eval()

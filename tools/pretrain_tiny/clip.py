@@ -45,7 +45,7 @@ def tokenize(captions: list[str], context: int) -> Tensor:
 def train(work: Path, raw: Path, steps: int = STEPS) -> None:
     """Train and write `clip.pt` (resumable)."""
     torch.manual_seed(0)
-    pixels, captions = stages.rendered(work, raw)
+    pixels, captions = stages.rendered(work, raw, "wide")
     tokens = tokenize(captions, TRAIN_CONTEXT)
     model = build(TRAIN_CONTEXT).train()
     loss_function = open_clip.ClipLoss()

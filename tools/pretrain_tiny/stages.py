@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from tools.pretrain_tiny import world
 
 log = logging.getLogger("pretrain_tiny")
 
-RENDER_COUNT = 120_000
-RENDER_SEED = 1
+# name -> variation, pictures, seed
+WORLDS = {"wide": (world.WIDE, 120_000, 1), "calm": (world.CALM, 60_000, 3)}
 HELD_OUT_COUNT = 512
 HELD_OUT_SEED = 2
 
@@ -29,22 +28,24 @@ def save_atomic(path: Path, writer: Callable[[Path], None]) -> None:
     os.replace(temporary, path)
 
 
-def rendered(work: Path, raw: Path) -> tuple[np.ndarray, list[str]]:
-    """The training pictures, uint8 (n, 64, 64, 3) memory-mapped, and captions; rendered once (about 90 s)."""
-    pixels, captions = work / "pixels.npy", work / "captions.json"
+def rendered(work: Path, raw: Path, name: str) -> tuple[np.ndarray, list[str]]:
+    """Pictures of a world, uint8 (n, 64, 64, 3) memory-mapped, and captions; rendered once (about 1 ms each)."""
+    pixels, captions = work / f"pixels-{name}.npy", work / f"captions-{name}.json"
     if not captions.exists():
-        started = time.time()
-        images, texts = world.render(world.make_world(raw), RENDER_COUNT, RENDER_SEED)
+        variation, count, seed = WORLDS[name]
+        images, texts = world.render(world.make_world(raw, variation), count, seed)
         with pixels.open("wb") as handle:
             np.save(handle, images)
         save_atomic(captions, lambda p: p.write_text(json.dumps(texts), encoding="utf-8"))
-        log.info("rendered %d pictures in %.0f s", RENDER_COUNT, time.time() - started)
+        log.info("rendered %d pictures of the %s world", count, name)
     return np.load(pixels, mmap_mode="r"), json.loads(captions.read_text(encoding="utf-8"))
 
 
 def held_out(raw: Path) -> tuple[torch.Tensor, list[str]]:
     """Pictures of the same world that no stage trains on, in [-1, 1], (n, 3, 64, 64)."""
-    pixels, captions = world.render(world.make_world(raw), HELD_OUT_COUNT, HELD_OUT_SEED)
+    pixels, captions = world.render(
+        world.make_world(raw, world.WIDE), HELD_OUT_COUNT, HELD_OUT_SEED
+    )
     return to_tensor(pixels), captions
 
 

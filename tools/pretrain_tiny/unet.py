@@ -17,9 +17,10 @@ from tools.pretrain_tiny import autoencoder, clip, stages, text
 log = logging.getLogger("pretrain_tiny")
 
 BATCH = 32
-STEPS = 10_000
+STEPS = 8_500
 ROUGH_STEPS = 1_500
-DECAY_STEPS = 2_500
+WIDE_STEPS = 2_500
+DECAY_STEPS = 2_000
 PEAK_LR = 1e-3
 EMA_DECAY = 0.999
 EMA_EVERY = 4
@@ -69,11 +70,11 @@ def _alphas(step: int, final: Tensor) -> Tensor:
     return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000), 0)
 
 
-def cached_latents(work: Path, raw: Path) -> np.ndarray:
-    """Scaled latents of all rendered pictures, fp16 (n, 32, 8, 8), memory-mapped; computed once."""
-    path = work / "latents.npy"
+def cached_latents(work: Path, raw: Path, name: str) -> np.ndarray:
+    """Scaled latents of all pictures of a world, fp16 (n, 32, 8, 8), memory-mapped; computed once."""
+    path = work / f"latents-{name}.npy"
     if not path.exists():
-        pixels, _ = stages.rendered(work, raw)
+        pixels, _ = stages.rendered(work, raw, name)
         model = autoencoder.build()
         autoencoder.write_encoder(model, autoencoder.patch_code(work, raw))
         latents = np.empty((len(pixels), autoencoder.CHANNELS, 8, 8), dtype=np.float16)
@@ -129,9 +130,6 @@ def _weights(timesteps: Tensor, alphas: Tensor) -> Tensor:
 def train(work: Path, raw: Path, steps: int = STEPS) -> None:
     """Train and write `unet.pt` with raw and averaged weights (resumable)."""
     torch.manual_seed(0)
-    latents = cached_latents(work, raw)
-    _, captions = stages.rendered(work, raw)
-    conditions = Conditions(work, captions)
     model, average = build(), build()
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
@@ -142,6 +140,10 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
     progress = stages.Progress(work / "unet.pt", model=model, average=average, optimizer=optimizer)
     started, running = time.time(), 0.0
     for step in range(progress.step, steps):
+        if step == progress.step or step == WIDE_STEPS:
+            name = "wide" if step < WIDE_STEPS else "calm"
+            latents = cached_latents(work, raw, name)
+            conditions = Conditions(work, stages.rendered(work, raw, name)[1])
         generator = torch.Generator().manual_seed(1_000_000 + step)
         for group in optimizer.param_groups:
             group["lr"] = stages.trapezoid(step, steps, PEAK_LR, DECAY_STEPS)
@@ -171,7 +173,7 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
         if (step + 1) % 100 == 0:
             rate = (step + 1 - progress.step) * BATCH / (time.time() - started)
             log.info("unet %d/%d  loss %.4f  %.0f pictures/s", step + 1, steps, running, rate)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             started, _ = time.time(), progress.save(step + 1)
 
 

@@ -22,7 +22,31 @@ SPRITE_PX = (
 
 TRAIN_STYLES = ("3d", "flat")
 _STYLE_WORDS = {"3d": ("",), "flat": ("flat drawing of ", "flat sticker of ")}
-_FLAT_SHARE = 0.12
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How much pictures of one object differ.
+
+    Attributes:
+        flat_share: share of flat art among the styles.
+        kinds: shares of one object, and of two of a kind; the rest are pairs.
+        adjectives: shares of small, and of big, among single objects.
+        size_px: range of the size of a single object without adjective.
+        slack: how much of the free room around an object its place may use, 0 to 1.
+        turn: standard deviation of the angle in degrees, and the share of large turns up to 35 degrees.
+    """
+
+    flat_share: float
+    kinds: tuple[float, float]
+    adjectives: tuple[float, float]
+    size_px: tuple[float, float]
+    slack: float
+    turn: tuple[float, float]
+
+
+WIDE = Variation(0.12, (0.78, 0.09), (0.10, 0.12), (38, 50), 0.8, (6, 0.08))
+CALM = Variation(0.05, (0.86, 0.07), (0.05, 0.05), (42, 48), 0.25, (3, 0.02))
 
 
 @dataclass(frozen=True)
@@ -122,7 +146,8 @@ _OPENINGS = ("", "", "", "a photo of ", "a photo of ", "a picture of ")
 class World:
     """Draws pictures with captions. `sprites` are the nouns that may appear."""
 
-    def __init__(self, sprites: list[Sprite]) -> None:
+    def __init__(self, sprites: list[Sprite], variation: Variation = WIDE) -> None:
+        self._variation = variation
         self._by_style = {style: [s for s in sprites if s.style == style] for style in TRAIN_STYLES}
 
     def _pick(self, rng: np.random.Generator, style: str) -> Sprite:
@@ -131,13 +156,14 @@ class World:
 
     def draw(self, rng: np.random.Generator) -> tuple[Image.Image, str]:
         """One 64 x 64 RGB picture and its caption."""
-        style = "flat" if rng.random() < _FLAT_SHARE else "3d"
+        style = "flat" if rng.random() < self._variation.flat_share else "3d"
         background = backgrounds.random_background(rng)
         canvas = background.paint(rng)
         kind = rng.random()
-        if kind < 0.78:
+        one, two = self._variation.kinds
+        if kind < one:
             subject = self._one(rng, canvas, style)
-        elif kind < 0.87:
+        elif kind < one + two:
             subject = self._two_of_a_kind(rng, canvas, style)
         else:
             subject = self._pair(rng, canvas, style)
@@ -149,13 +175,14 @@ class World:
         sprite = self._pick(rng, style)
         words = _STYLE_WORDS[style][int(rng.integers(len(_STYLE_WORDS[style])))]
         kind = rng.random()
-        if kind < 0.10:
+        small, big = self._variation.adjectives
+        if kind < small:
             size, adjective = rng.uniform(20, 28), "small " if rng.random() < 0.9 else "tiny "
-        elif kind < 0.22:
+        elif kind < small + big:
             size, adjective = rng.uniform(52, 60), "big " if rng.random() < 0.8 else "large "
         else:
-            size, adjective = rng.uniform(38, 50), ""
-        _scatter(rng, canvas, sprite.art, size)
+            size, adjective = rng.uniform(*self._variation.size_px), ""
+        self._scatter(rng, canvas, sprite.art, size)
         if words:
             noun = f"{adjective}{sprite.name}"
             return f"a {words}{with_article(noun)}"
@@ -164,42 +191,43 @@ class World:
     def _two_of_a_kind(self, rng: np.random.Generator, canvas: Image.Image, style: str) -> str:
         sprite = self._pick(rng, style)
         for x in (17.0, 47.0):
-            _jitter(rng, canvas, sprite.art, rng.uniform(23, 30), x)
+            self._jitter(rng, canvas, sprite.art, rng.uniform(23, 30), x)
         words = "flat drawings of " if style == "flat" else ""
         return f"two {words}{plural(sprite.name)}"
 
     def _pair(self, rng: np.random.Generator, canvas: Image.Image, style: str) -> str:
         first, second = self._pick(rng, style), self._pick(rng, style)
-        _jitter(rng, canvas, first.art, rng.uniform(24, 31), 17.0)
-        _jitter(rng, canvas, second.art, rng.uniform(24, 31), 47.0)
+        self._jitter(rng, canvas, first.art, rng.uniform(24, 31), 17.0)
+        self._jitter(rng, canvas, second.art, rng.uniform(24, 31), 47.0)
         joint = ("and", "next to", "beside")[int(rng.integers(3))]
         words = "a flat drawing of " if style == "flat" else ""
         return f"{words}{with_article(first.name)} {joint} {with_article(second.name)}"
 
+    def _angle(self, rng: np.random.Generator) -> float:
+        deviation, large = self._variation.turn
+        return float(rng.normal(0, deviation) if rng.random() >= large else rng.uniform(-35, 35))
 
-def _angle(rng: np.random.Generator) -> float:
-    return float(rng.normal(0, 6) if rng.random() < 0.92 else rng.uniform(-35, 35))
+    def _scatter(
+        self, rng: np.random.Generator, canvas: Image.Image, art: Image.Image, size: float
+    ) -> None:
+        slack = max(0.0, (SIZE_PX - size) / 2) * self._variation.slack
+        center = (
+            SIZE_PX / 2 + float(rng.uniform(-slack, slack)),
+            SIZE_PX / 2 + float(rng.uniform(-slack, slack)) * 0.7,
+        )
+        place(canvas, art, size, self._angle(rng), center)
+
+    def _jitter(
+        self, rng: np.random.Generator, canvas: Image.Image, art: Image.Image, size: float, x: float
+    ) -> None:
+        slack = 11 * self._variation.slack
+        center = (x + float(rng.uniform(-2, 2)), SIZE_PX / 2 + float(rng.uniform(-slack, slack)))
+        place(canvas, art, size, self._angle(rng), center)
 
 
-def _scatter(rng: np.random.Generator, canvas: Image.Image, art: Image.Image, size: float) -> None:
-    slack = max(0.0, (SIZE_PX - size) / 2) * 0.8
-    center = (
-        SIZE_PX / 2 + float(rng.uniform(-slack, slack)),
-        SIZE_PX / 2 + float(rng.uniform(-slack, slack)) * 0.7,
-    )
-    place(canvas, art, size, _angle(rng), center)
-
-
-def _jitter(
-    rng: np.random.Generator, canvas: Image.Image, art: Image.Image, size: float, x: float
-) -> None:
-    center = (x + float(rng.uniform(-2, 2)), SIZE_PX / 2 + float(rng.uniform(-9, 9)))
-    place(canvas, art, size, _angle(rng), center)
-
-
-def make_world(raw: Path) -> World:
+def make_world(raw: Path, variation: Variation) -> World:
     """The world of pretraining: the training nouns only, in the training styles."""
-    return World(load_sprites(raw, objects.TRAIN, TRAIN_STYLES))
+    return World(load_sprites(raw, objects.TRAIN, TRAIN_STYLES), variation)
 
 
 def render(world: World, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
