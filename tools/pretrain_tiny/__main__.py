@@ -37,7 +37,9 @@ def main() -> None:
         "clip": lambda: clip.train(work, raw),
         "unet": lambda: unet.train(work, raw),
         "assemble": lambda: assemble.assemble(work, raw, options.assets),
-        "evaluate": lambda: evaluate.evaluate(options.assets / "tiny-sd", raw, options.assets),
+        "evaluate": lambda: evaluate.evaluate(
+            options.assets / "tiny-sd", raw, _ROOT / "docs" / "embedded_model"
+        ),
         "concepts": lambda: concepts.write_examples(raw, options.examples),
     }
     for stage in STAGES:

@@ -12,13 +12,27 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from tools.pretrain_tiny import autoencoder, backgrounds, judge, objects, stages, world
+from tools.pretrain_tiny import (
+    autoencoder,
+    backgrounds,
+    clip,
+    judge,
+    objects,
+    stages,
+    unet,
+    world,
+)
 
 log = logging.getLogger("pretrain_tiny")
 
 PROMPTS = 200
 SAMPLER_STEPS = 25
 GUIDANCE = 4.0
+WANTED = {
+    "reconstruction_psnr_db": 27.0,
+    "background_color_right": 0.85,
+    "object_top5_of_all": 0.40,
+}
 _VIEWS = 12  # reference pictures of each object for the judge
 
 
@@ -84,8 +98,38 @@ def reconstruction(directory: Path, raw: Path) -> float:
     return autoencoder.psnr(load_pipeline(directory).vae, images)
 
 
+def write_card(directory: Path, numbers: dict[str, float]) -> None:
+    """Fill the model card and put it beside the weights."""
+    pipe = load_pipeline(directory)
+    sizes = {
+        name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M"
+        for name, part in (("unet", pipe.unet), ("vae", pipe.vae), ("text", pipe.text_encoder))
+    }
+    phases = ", ".join(f"{name} from step {first:,}" for name, first in unet.PHASES)
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    text = template.format(
+        **numbers,
+        **sizes,
+        objects=len(objects.TRAIN),
+        held_back=len(objects.HELD_BACK),
+        clip_steps=clip.STEPS,
+        clip_batch=clip.BATCH,
+        unet_steps=unet.STEPS,
+        unet_batch=unet.BATCH,
+        phases=phases,
+        held_out=stages.HELD_OUT_COUNT,
+        sampler_steps=SAMPLER_STEPS,
+        guidance=GUIDANCE,
+    )
+    (directory.parent / "README.md").write_text(text, encoding="utf-8")
+
+
 def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
-    """Measure the saved model, write `numbers.json` and `contact_sheet.png` to `output`."""
+    """Measure the saved model; write numbers and contact sheets to `output`, the model card beside the weights.
+
+    Raises:
+        SystemExit: a number is below what is wanted; everything has been written.
+    """
     output.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(3)
     names = list(objects.TRAIN.values())
@@ -125,5 +169,9 @@ def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
     twos = [f"two {world.plural(nouns[i])} on a {colors[i]} background" for i in range(6)]
     more = draw(pipe, scenes + pairs + twos, 2000)
     sheet(more, 12).save(output / "contact_sheet_scenes.png")
+    write_card(directory, numbers)
     log.info("numbers: %s", json.dumps(numbers))
+    missed = {name: numbers[name] for name, wanted in WANTED.items() if numbers[name] < wanted}
+    if missed:
+        raise SystemExit(f"below what is wanted ({WANTED}): {missed}")
     return numbers

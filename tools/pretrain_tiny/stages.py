@@ -16,7 +16,11 @@ from tools.pretrain_tiny import world
 log = logging.getLogger("pretrain_tiny")
 
 # name -> variation, pictures, seed
-WORLDS = {"wide": (world.WIDE, 120_000, 1), "calm": (world.CALM, 60_000, 3)}
+WORLDS = {
+    "wide": (world.WIDE, 120_000, 1),
+    "calm": (world.CALM, 60_000, 3),
+    "aligned": (world.ALIGNED, 40_000, 4),
+}
 HELD_OUT_COUNT = 512
 HELD_OUT_SEED = 2
 

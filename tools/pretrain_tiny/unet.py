@@ -19,7 +19,7 @@ log = logging.getLogger("pretrain_tiny")
 BATCH = 32
 STEPS = 8_500
 ROUGH_STEPS = 1_500
-WIDE_STEPS = 2_500
+PHASES = (("wide", 0), ("calm", 2_500), ("aligned", 3_750))  # world, first step
 DECAY_STEPS = 2_000
 PEAK_LR = 1e-3
 EMA_DECAY = 0.999
@@ -140,8 +140,8 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
     progress = stages.Progress(work / "unet.pt", model=model, average=average, optimizer=optimizer)
     started, running = time.time(), 0.0
     for step in range(progress.step, steps):
-        if step == progress.step or step == WIDE_STEPS:
-            name = "wide" if step < WIDE_STEPS else "calm"
+        if step == progress.step or step in dict(PHASES).values():
+            name = [world_name for world_name, first in PHASES if first <= step][-1]
             latents = cached_latents(work, raw, name)
             conditions = Conditions(work, stages.rendered(work, raw, name)[1])
         generator = torch.Generator().manual_seed(1_000_000 + step)
