@@ -283,7 +283,7 @@ def norm(a: Tangent) -> Float[Tensor, "*batch"]:
 def retract(point: Point, tangent: Tangent, step: float = 1.0) -> Point:
     """Move from `point` along `tangent` and come back to rank r.
 
-    Source: Eq. (8), the truncated SVD of X + step * xi, in the common bases of algorithms.md 4.3. QR of [u, d_left],
+    Source: Eq. (8), the truncated SVD of X + step * xi, in the common bases of docs/method.md 4.3. QR of [u, d_left],
     not of d_left alone, keeps the frames orthonormal in fp32 (Boumal, section 7.5).
 
     Args:
@@ -373,7 +373,7 @@ def masked_msign(
 def msign(point: Point, tangent: Tangent, tol: float | None = None) -> Factors:
     """Orthogonalize the ambient matrix of a tangent vector: U V^T of its thin SVD.
 
-    Source: Alg. 1 as corrected in algorithms.md 4.1. The result is in general not tangent; project it to get the
+    Source: Alg. 1 as corrected in docs/method.md 4.1. The result is in general not tangent; project it to get the
     direction of Eq. (12).
 
     Args:

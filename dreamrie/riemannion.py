@@ -71,8 +71,8 @@ class Riemannion(Optimizer):
     - Average weights over X, never over the factors: their columns turn freely from step to step.
     - fp16 factor gradients underflow for small singular values; use fp32 or bf16, or a GradScaler.
 
-    Source: arXiv:2507.12142, Eqs. (10)-(12), Alg. 4 as corrected in algorithms.md. Deviations from the paper: momentum
-    is stored before msign; decay pulls to the anchor by default.
+    Source: arXiv:2507.12142, Eqs. (10)-(12), Alg. 4 as corrected in docs/method.md 4.1. Deviations from the paper:
+    momentum is stored before msign; decay pulls to the anchor by default.
 
     Args:
         pairs: LoRA pairs (see `LoraPairLike`), or dicts {"pairs": [...], "lr": ...} for parameter groups.

@@ -5,7 +5,7 @@ Riemannian gradient added to M, one step is
 
     X  <-  SVD_r( (1 - lr * weight_decay) X - lr * P(msign(M)) ),        M  <-  P(M) at the new X
 
-and everything after two QR factorizations happens in a core of size 2r x 2r (algorithms.md 4.3):
+and everything after two QR factorizations happens in a core of size 2r x 2r (docs/method.md 4.3):
 
     1 guard      a layer with a non-finite gradient keeps its state
     2 recover    g_left = (I - u u^T) G v,  g_right = G^T u           from the gradients of the factors, see `recover`
@@ -19,7 +19,7 @@ and everything after two QR factorizations happens in a core of size 2r x 2r (al
    10 transport  m_left = Q_left (K b - a a^T K b),  m_right = Q_right K^T a
    11 commit     only where the guard agreed
 
-Source: arXiv:2507.12142, Alg. 4 as corrected in algorithms.md 4.1.
+Source: arXiv:2507.12142, Alg. 4 as corrected in docs/method.md 4.1.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def recover(
     """Return G v (or G^T u) from the loss gradient of the left (or transposed right) balanced factor.
 
     d loss / d left = scaling * G right = G v sqrt(scaling * s), column by column. Dividing columns is exact up to
-    the exponent, so tiny singular values cost no digits. Source: algorithms.md 2.
+    the exponent, so tiny singular values cost no digits. Source: docs/method.md 2.
     """
     return factor_gradient / (scaling * s).sqrt().unsqueeze(-2)
 
@@ -129,7 +129,7 @@ def combine(
     """Return the core of the moved matrix before truncation, with decoupled decay of the point.
 
     Anchored: decay towards X0 = left0 right0^T, whose triangles are the trailing blocks, as the tangent vector
-    weight_decay * P(X - X0); otherwise X is multiplied by 1 - lr * weight_decay. Source: algorithms.md 4.3, 4.7.
+    weight_decay * P(X - X0); otherwise X is multiplied by 1 - lr * weight_decay. Source: docs/method.md 4.3, 4.7.
     """
     rank = s.shape[-1]
     here = (r_left[..., :rank] * s.unsqueeze(-2)) @ r_right[..., :rank].mT

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 Estimator = Literal["mean_gradient", "sketch", "backprop_rsvd"]
 
-# Below alpha = 10 lr the truncation of a step throws away part of it (algorithms.md, 5.4).
+# Below alpha = 10 lr the truncation of a step throws away part of it (docs/method.md 5.4).
 _ALPHA_PER_LR = 10.0
 _SIGMA_FLOOR = 1e-8
 
@@ -119,7 +119,7 @@ def locally_optimal_init(
 ) -> LoiReport:
     """Write the locally optimal start X0 = alpha U_1 V_2^T into anchored pairs.
 
-    Source: arXiv:2507.12142, Theorem 5.1 and Alg. 3 as corrected in algorithms.md, section 5. The
+    Source: arXiv:2507.12142, Theorem 5.1 and Alg. 3 as corrected in docs/method.md 5.1. The
     gradient is taken at the base weight, in eval mode (dropout off). Random streams, train/eval
     modes, gradient flags and every `.grad` are as before afterwards; the base is never written. If
     a check fails, the factors are put back.

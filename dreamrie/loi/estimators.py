@@ -1,4 +1,4 @@
-"""Three ways to see the gradient of the loss at the base weight (algorithms.md, 5.2).
+"""Three ways to see the gradient of the loss at the base weight (docs/method.md 5.2).
 
 - `mean_gradient`: full gradients averaged over batches, then one SVD. The most of the mean gradient
   for a given number of backward passes; needs one fp32 copy of the adapted weights.

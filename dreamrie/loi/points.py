@@ -1,6 +1,6 @@
 """The pure part of LOI: from a gradient to the point whose tangent space holds most of it.
 
-Theorem 5.1 (corrected in algorithms.md, 5.1): over all X of rank r, the energy |P_X(G)|_F^2 of the
+Theorem 5.1 (corrected in docs/method.md 5.1): over all X of rank r, the energy |P_X(G)|_F^2 of the
 projected gradient is at most the sum of the first 2r squared singular values of G, and
 
     X0 = alpha U_1 V_2^T,    U_1 = left vectors 1..r,   V_2 = right vectors r+1..2r
@@ -159,7 +159,7 @@ def sketch_svd(
 ) -> LeadingSvd:
     """Singular triples of G from G Omega and Psi^T G, both linear in G.
 
-    Source: algorithms.md 5.2 (b): Q = qr(G Omega), Y = lstsq(Psi^T Q, Psi^T G), G ~ Q Y. Exact when
+    Source: docs/method.md 5.2 (b): Q = qr(G Omega), Y = lstsq(Psi^T Q, Psi^T G), G ~ Q Y. Exact when
     G has rank at most k.
 
     Args:

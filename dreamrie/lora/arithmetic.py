@@ -1,4 +1,4 @@
-"""Exact arithmetic of low-rank changes: balance, add, subtract, truncate (algorithms.md, section 9).
+"""Exact arithmetic of low-rank changes: balance, add, subtract, truncate (docs/method.md 9).
 
 The two halves of an anchored pair nearly cancel, so casting them as they are to fp16 loses up to 7 %
 of the change. Balanced factors of the difference lose 0.03 %: balance first, cast afterwards.
@@ -33,7 +33,7 @@ class LowRank(NamedTuple):
 def balance(change: LowRank, *, rank: int | None = None, drop_below: float = 0.0) -> LowRank:
     """The same matrix with factors U sqrt(S) and sqrt(S) V^T, computed in fp64.
 
-    Source: algorithms.md, section 9. Two thin QRs and the SVD of the small core; no (out, in) matrix.
+    Source: docs/method.md 9. Two thin QRs and the SVD of the small core; no (out, in) matrix.
 
     Args:
         change: left (out, k), right (k, in).

@@ -7,7 +7,7 @@ letters are crossed (its A is `lora_B`, its B is `lora_A` transposed). The chang
 
 An anchored pair has R = 2 r. Its first r columns and rows hold the trained point X, its last r the
 frozen start X0 with the minus sign in the left factor, so delta = X - X0 and the base weight is
-never written (algorithms.md, section 3). A plain pair has R = r and no anchor.
+never written (docs/method.md 3). A plain pair has R = r and no anchor.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class _Loop:
         """Norm that is logged and clipped: of the tangent gradients, or of all factor gradients.
 
         With an anchor the factor norm would count the frozen half as well, a factor sqrt(2) at the
-        start (algorithms.md section 3); the tangent norm has no such part.
+        start (docs/method.md 3); the tangent norm has no such part.
         """
         if isinstance(self.optimizer, Riemannion):
             return torch.as_tensor(self.optimizer.tangent_grad_norm())

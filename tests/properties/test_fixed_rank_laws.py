@@ -1,4 +1,4 @@
-"""M1-M12: the geometry of fixed-rank matrices (engineering guide, 5.3).
+"""M1-M12: the geometry of fixed-rank matrices (docs/method.md 10).
 
 Each law takes the implementation first, so that the mutants of `tests/mutants/geometry.py` run the same code.
 """

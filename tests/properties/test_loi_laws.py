@@ -1,4 +1,4 @@
-"""L1-L9 (engineering guide, 5.3) and laws 13, 14, 15 of algorithms.md: locally optimal initialization."""
+"""L1-L9 and laws 13, 14, 15 (docs/method.md 10): locally optimal initialization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A1, A2, A5, A9-A13 (engineering guide, 5.4) and laws 12, 15, 19 of algorithms.md: the bridge to PEFT."""
+"""A1, A2, A5, A9-A13 and laws 12, 15, 19 (docs/method.md 10): the bridge to PEFT."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def law_a10_anchor_is_not_in_the_norm(impl: Any) -> None:
 
 
 def trained_net(dtype: torch.dtype, scaling: float = 0.625, size: float = 0.02) -> tuple[Any, ...]:
-    """A plain net, its trained twin and the pairs: |alpha| = 0.5 as in the table of algorithms.md 3."""
+    """A plain net, its trained twin and the pairs: |alpha| = 0.5, so the halves nearly cancel (docs/method.md 9)."""
     plain = nets.net(dtype=dtype).eval()
     model = copy.deepcopy(plain)
     pairs = nets.with_scaling(model, scaling, rank=3, target_modules=nets.TARGETS, alpha=0.5)

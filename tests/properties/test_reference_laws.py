@@ -1,4 +1,4 @@
-"""Laws about the references themselves: corrected Alg. 6, and core maps (laws 6, 20, 21 of the design notes).
+"""Laws about the references themselves: corrected Alg. 6, and core maps (laws 6, 20, 21 of docs/method.md 10).
 
 A reference that is wrong makes every comparison with it worthless, so its misprinted forms are mutants too.
 """

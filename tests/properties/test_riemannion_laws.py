@@ -1,4 +1,4 @@
-"""Laws of the optimizer on LoRA pairs: paths, gauges, guards, precision (O1-O18 of the engineering guide).
+"""Laws of the optimizer on LoRA pairs: paths, gauges, guards, precision (O1-O18, docs/method.md 10).
 
 Each law takes the module that offers `Riemannion` first; `tests/mutants/optimizer.py` runs it on broken ones.
 """

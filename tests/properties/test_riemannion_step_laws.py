@@ -1,7 +1,7 @@
 """Laws of one fused step: the direction, its spectrum, masks, batches, guards, decay (O5, O6, O11, O13, O14, O18).
 
 Each law takes the module of the step first; `tests/mutants/optimizer.py` runs it on broken ones. Numbers without a
-letter are those of the design notes, section 10.
+letter are those of docs/method.md 10.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def law_12_recovered_products_equal_the_gradient(step: Any) -> None:
 
 
 def law_22_small_points_bend_the_step(step: Any) -> None:
-    """Cosine between intended and taken step at an optimal start, over |alpha| / lr (design notes 5.4)."""
+    """Cosine between intended and taken step at an optimal start, over |alpha| / lr (docs/method.md 5.4)."""
     table = {100: 1.000, 10: 0.998, 2: 0.959, 1: 0.906, 0.5: 0.840, 1e-3: 0.707}
     q_left, q_right = frame(21, 12, 4), frame(22, 10, 4)
     gradient = (q_left * torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=F64)) @ q_right.mT

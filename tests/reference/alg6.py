@@ -1,7 +1,7 @@
 """RiemannAdam (Alg. 6 with simulate_Adam) as corrected: a reference for comparison, not a product feature.
 
 The letters are the paper's: A_L, G, B_R the frames and the core of the point, Ȧ and Ḃ (here dA, dB) the tangent parts,
-A_HB and B_HB the momentum, S_A and S_B the second moments. Corrections against the print (design notes 4.1):
+A_HB and B_HB the momentum, S_A and S_B the second moments. Corrections against the print (docs/method.md 4.1):
 second moments of the raw gradient with weight gamma on the old value, division by their root, minus signs in line 14,
 the un-normalized average stored, alpha in the start, and the gradient taken at W' + X with W' = W - X_0.
 """
