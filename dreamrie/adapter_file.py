@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dreamrie.errors import AdapterError, NumericalError
+from dreamrie.files import write_atomic
 from dreamrie.lora import LoraPair, LowRank, export_factors
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def save_diffusers_lora(
     There is no alpha in it: readers then take alpha = rank, that is scaling 1. All layers get one rank (zero columns
     are added, which changes nothing), because readers disagree about files with several.
 
-    The file appears whole or not at all: it is written under another name, synced, and renamed.
+    The file appears whole or not at all.
 
     Args:
         directory: made if missing.
@@ -52,18 +52,10 @@ def save_diffusers_lora(
         **{str(key): str(value) for key, value in metadata.items()},
     }
     path = directory / DIFFUSERS_FILE
-    temporary = directory / f".{DIFFUSERS_FILE}.part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(stable_bytes(tensors, header))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(directory)
+        write_atomic(path, stable_bytes(tensors, header))
     except OSError as error:
-        if directory.is_dir():
-            temporary.unlink(missing_ok=True)
         raise AdapterError(
             f"the adapter cannot be written to {path}: {error}. Free space or choose another --output_dir."
         ) from error
@@ -141,14 +133,3 @@ def stable_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> by
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + raw[end:]
-
-
-def _sync_folder(directory: Path) -> None:
-    """Make a rename durable."""
-    if os.name == "nt":
-        return  # Windows has no handle for a folder, and syncs renames by itself.
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

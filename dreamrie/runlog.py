@@ -18,7 +18,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -26,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from dreamrie import __version__
+from dreamrie import __version__, files
 from dreamrie.errors import CheckpointError, ConfigError, DreamrieError, NumericalError
 
 logger = logging.getLogger(__name__)
@@ -90,44 +89,14 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: the file cannot be written; nothing is left beside it.
     """
-    temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_folder(path.parent)
+        files.write_atomic(path, content)
     except OSError as error:
         raise CheckpointError(
             f"{path.name} cannot be written ({len(content)} bytes): {error}\n"
             f"  where: {path}\n"
             "  what to do: check free space and permissions; what was there before is intact"
         ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """Permission bits that new files lack; the system only tells by setting them."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; not every system can open a folder."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_output_dir(folder: Path, tensorboard: bool = False) -> None:

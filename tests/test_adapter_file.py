@@ -288,7 +288,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_file.os, "fsync", full)
+        patch.setattr("dreamrie.files.os.fsync", full)
         with pytest.raises(AdapterError, match="No space left") as caught:
             adapter_file.save_diffusers_lora(tmp_path, pairs, {})
     assert str(path) in str(caught.value)

@@ -6,7 +6,7 @@ turned photos, hidden colors behind alpha, 16-bit pictures clipped to white, a b
 
 from __future__ import annotations
 
-import os
+import io
 import struct
 import warnings
 import zlib
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dreamrie.errors import ImageError
+from dreamrie.files import write_atomic
 
 # A phone photo has at most 50 megapixels in practice; far beyond that a file is an accident or an attack.
 LIMIT_PIXELS = 80_000_000
@@ -222,15 +223,11 @@ def save_png(image: Image.Image, path: Path) -> None:
     Raises:
         ImageError: it cannot be written; what lay at `path` before is still there.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    memory = io.BytesIO()
     try:
-        with temporary.open("wb") as file:
-            image.save(file, format="PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        image.save(memory, format="PNG")
+        write_atomic(path, memory.getvalue())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ImageError(f"{path} cannot be written: {error}.") from error
 
 

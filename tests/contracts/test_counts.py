@@ -12,6 +12,7 @@ from tests.contracts.sources import PACKAGE, ROOT, unit_of
 TESTS = ROOT / "tests"
 
 MINIMUM = {
+    "files": 5,
     "fixed_rank": 20,
     "riemannion": 25,
     "loi": 12,

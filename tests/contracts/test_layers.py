@@ -17,7 +17,7 @@ from tests.contracts.sources import (
 )
 
 ROWS = (
-    {"errors"},
+    {"errors", "files"},
     {"fixed_rank", "config", "checkpoint", "runlog"},
     {"riemannion_layers"},
     {"riemannion_checks"},

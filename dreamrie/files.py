@@ -1,0 +1,68 @@
+"""Write a file so that a crash leaves the old one or the new one, never a part.
+
+Errors are the system's own: each caller knows what the file is for, and says so in its own kind of error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+# What a file system answers that cannot sync a folder, such as some network drives; the rename still happened.
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write under another name, sync, rename; nothing is left beside the file when that fails.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of it.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is intact.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp gives a file that its owner alone may read.
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut.
+
+    Args:
+        folder: exists.
+
+    Raises:
+        OSError: the disk reports an error; a file system that cannot sync folders is none.
+    """
+    if os.name != "posix":
+        return  # Windows has no handle for a folder, and syncs renames by itself.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    """Permission bits that new files lack; the system only tells by setting them."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
