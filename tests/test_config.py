@@ -67,13 +67,14 @@ def test_dashes_and_underscores_are_the_same_flag() -> None:
     assert config.schedule.max_train_steps == 7
 
 
-def test_resolved_settings_hide_nothing_and_read_back_equal(tmp_path: Path) -> None:
+def test_resolved_settings_are_filled_in_and_read_back_equal(tmp_path: Path) -> None:
     config = parse_config([*NEEDED, "--rank", "9", "--validation_prompt", "a: b", "no", "1e-4"])
     assert config.optimizer.learning_rate == 1e-3
     assert config.optimizer.momentum == 0.9
     assert config.optimizer.max_grad_norm == 0.0
     assert config.adapter.start_scale == pytest.approx(0.1 / 3)
     assert config.schedule.lr_warmup_steps == 20
+    assert config.adapter.init == "loi"
     text = to_yaml(config)
     assert parse_config(settings_file(tmp_path, text)) == config
     # Any other reader of YAML sees the same texts.
@@ -81,10 +82,84 @@ def test_resolved_settings_hide_nothing_and_read_back_equal(tmp_path: Path) -> N
 
 
 def test_resolved_settings_of_adamw_read_back_equal(tmp_path: Path) -> None:
-    config = parse_config([*NEEDED, "--optimizer", "adamw", "--init", "default"])
+    config = parse_config([*NEEDED, "--optimizer", "adamw"])
+    assert config.adapter.init == "default"
     assert (config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (1e-4, 1.0)
     assert (config.optimizer.momentum, config.adapter.start_scale) == (None, None)
     assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
+
+
+def test_the_resolution_waits_for_the_model(tmp_path: Path) -> None:
+    config = parse_config(NEEDED)
+    assert config.data.resolution is None
+    known = config.with_resolution(96)
+    assert parse_config(settings_file(tmp_path, to_yaml(known))) == known
+    assert known.data.resolution == 96
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "loraplus", "scaledgd", "muon"])
+def test_without_an_init_factor_wise_optimizers_train_the_usual_lora(optimizer: str) -> None:
+    config = parse_config([*NEEDED, "--optimizer", optimizer])
+    assert (config.adapter.init, config.adapter.attach_init) == ("default", "default")
+    named = parse_config([*NEEDED, "--optimizer", optimizer, "--init", "loi"])
+    assert (named.adapter.init, named.adapter.attach_init) == ("loi", "orthonormal")
+
+
+def test_guidance_follows_the_model_unless_it_is_given() -> None:
+    for flags, scale in (
+        ([], 4.0),
+        (["--pretrained_model_name_or_path", "sd2-base"], 7.5),
+        (["--guidance_scale", "3"], 3.0),
+        (["--pretrained_model_name_or_path", "sd2-base", "--guidance_scale", "0"], 0.0),
+    ):
+        assert parse_config([*NEEDED, *flags]).validation.guidance_scale == scale
+
+
+def test_a_start_small_beside_a_step_is_refused_whichever_of_the_two_is_a_default() -> None:
+    for flags, numbers in (
+        (["--learning_rate", "0.006"], ["0.05", "0.006", "0.06", "0.005"]),
+        (["--start_scale", "-0.009"], ["-0.009", "0.001", "0.01", "0.0009"]),
+        (["--rank", "10000"], ["0.001", "0.01", "0.0001"]),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config([*NEEDED, *flags])
+        for word in ("--start_scale", "--learning_rate", *numbers):
+            assert word in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 3
+    for flags in (
+        ["--learning_rate", "0.005"],
+        ["--learning_rate", "0.006", "--start_scale", "0.06"],
+        ["--learning_rate", "0.05", "--optimizer", "adamw", "--init", "loi"],
+        ["--learning_rate", "0.05", "--init", "orthonormal"],
+    ):
+        assert parse_config([*NEEDED, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--logging_dir", "x"], ["--logging_dir", "--report_to tensorboard"]),
+        (["--validation_steps", "50"], ["--validation_steps", "--validation_prompt"]),
+        (["--logging_dir", "x", "--report_to", "tensorboard"], []),
+        (["--validation_steps", "50", "--validation_prompt", "a dog"], []),
+    ],
+)
+def test_a_setting_that_does_nothing_is_warned_about(
+    flags: list[str], words: list[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = parse_config([*NEEDED, *flags])
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * bool(words)
+    assert all(word in caplog.text for word in words)
+    assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
+
+
+def test_a_recorded_configuration_is_read_without_a_warning(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    recorded = to_yaml(parse_config([*NEEDED, "--init", "pissa"]))
+    assert not {"loi_batches", "class_prompt", "validation_steps"} & set(parse_yaml(recorded))
+    parse_config(settings_file(tmp_path, recorded))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (50, 5), (200, 20), (9999, 20)])
@@ -212,7 +287,15 @@ BAD_FLAGS = [
     (["--init", "gaussian"], ["'gaussian'", "rank 0"]),
     (["--start_scale", "0"], ["start_scale", "not be 0"]),
     (["--start_scale", "0.1", "--init", "pissa"], ["start_scale", "loi"]),
+    (["--start_scale", "0.1", "--optimizer", "adamw"], ["start_scale", "--init loi"]),
     (["--momentum", "0.9", "--optimizer", "adamw"], ["momentum", "adamw"]),
+    (["--class_prompt", "a dog"], ["--class_prompt", "--with_prior_preservation"]),
+    (["--class_data_dir", "c"], ["--class_data_dir", "--with_prior_preservation"]),
+    (["--num_class_images", "100"], ["--num_class_images", "--with_prior_preservation"]),
+    (["--prior_loss_weight", "1"], ["--prior_loss_weight", "--with_prior_preservation"]),
+    (["--loi_batches", "8", "--init", "pissa"], ["--loi_batches", "--init loi"]),
+    (["--loi_batches", "8", "--optimizer", "adamw"], ["--loi_batches", "--init loi"]),
+    (["--loi_estimator", "sketch", "--init", "olora"], ["--loi_estimator", "--init loi"]),
     (["--lr_warmup_steps", "401"], ["lr_warmup_steps", "400"]),
     (["--with_prior_preservation"], ["class_data_dir", "with_prior_preservation"]),
     (["--with_prior_preservation", "--class_data_dir", "c"], ["class_prompt"]),

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Command]:
-    """Run the program in this process, on small settings that flags can override."""
+    """Run the program in this process, on small settings that flags can override (None: leave it out)."""
     level = logging.getLogger("dreamrie").level
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
@@ -71,11 +72,12 @@ def command(
             "num_validation_images": 1,
             "spectrum_steps": 2,
         }
-        given = [str(word) for word in flags]
+        without = [flag for flag, value in pairwise(flags) if value is None]
+        given = [str(word) for word in flags if word is not None and word not in without]
         base = [
             word
             for name, value in settings.items()
-            if f"--{name}" not in given and value is not None
+            if f"--{name}" not in [*given, *without]
             for word in (f"--{name}", str(value))
         ]
         return train_dreambooth.main([*base, *given])
@@ -154,23 +156,25 @@ def test_the_file_does_in_plain_diffusers_what_the_trainer_showed(
     assert np.abs(np.asarray(again, float) - trained).max() <= 1
 
 
-def test_adamw_from_the_default_start(command: Command, tmp_path: Path) -> None:
-    flags = ("--optimizer", "adamw", "--init", "default", "--learning_rate", 1e-2)
+def test_adamw_alone_is_the_usual_lora(command: Command, tmp_path: Path) -> None:
+    flags = ("--optimizer", "adamw", "--learning_rate", 1e-2, "--loi_batches", None)
     assert command(*flags) == 0
     assert moved(tmp_path / "run") > 1e-3
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["optimizer"] == "adamw"
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["optimizer"], record["initialization"]) == ("adamw", "default")
 
 
 def test_adamw_from_loi_is_a_named_baseline(command: Command, tmp_path: Path) -> None:
     # Its learning rate is no spectral norm, so the start need not be ten times as large.
-    assert command("--optimizer", "adamw", "--learning_rate", 0.05, "--max_train_steps", 2) == 0
+    flags = ("--optimizer", "adamw", "--init", "loi", "--learning_rate", 0.05)
+    assert command(*flags, "--max_train_steps", 2) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["optimizer"] == "adamw (rank-2r baseline)"
 
 
 @pytest.mark.parametrize("init", ["orthonormal", "pissa", "olora"])
 def test_other_anchored_starts(command: Command, tmp_path: Path, init: str) -> None:
-    assert command("--init", init, "--max_train_steps", 2) == 0
+    assert command("--init", init, "--loi_batches", None, "--max_train_steps", 2) == 0
     assert moved(tmp_path / "run") > 1e-5
     assert json.loads((tmp_path / "run" / "run.json").read_text())["initialization"] == init
 
@@ -241,7 +245,7 @@ def test_the_trainable_parameters_of_a_dry_run(
     """Half as many for riemannion, which leaves the anchor alone."""
     counts = []
     for optimizer in ("riemannion", "adamw"):
-        assert command("--dry-run", "--optimizer", optimizer) == 0
+        assert command("--dry-run", "--optimizer", optimizer, "--init", "loi") == 0
         line = next(x for x in capsys.readouterr().out.splitlines() if "trainable parameters" in x)
         counts.append(int(line.split("layers, ")[1].split()[0].replace(",", "")))
     assert counts[1] == 2 * counts[0] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from pydantic.fields import FieldInfo
 from dreamrie.config.schema import GROUPS, TrainConfig
 from dreamrie.config.text import message, parse_yaml
 from dreamrie.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # A settings file is a page; anything longer was given by mistake.
 MAX_FILE_BYTES = 1_000_000
@@ -212,9 +215,31 @@ def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -
             continue  # `variant:` with nothing after it is the default
         nested[fields[name][0]][name] = value
     try:
-        return TrainConfig.model_validate(nested).resolved()
+        config = TrainConfig.model_validate(nested).resolved()
     except ValidationError as error:
         raise ConfigError(_explain(error, sources)) from error
+    _check_start(config, sources)
+    for name, remedy in config.idle().items():
+        if values.get(name) is not None:
+            logger.warning("--%s does nothing without %s", name, remedy)
+    return config
+
+
+def _check_start(config: TrainConfig, sources: dict[str, str]) -> None:
+    """Refuse a start that is small beside a step, before the model is loaded and in a dry run too."""
+    scale, rate = config.adapter.start_scale, config.optimizer.spectral_step
+    if scale is None or rate is None or abs(scale) >= 10 * rate * (1 - 1e-9):
+        return
+    given = [name for name in ("start_scale", "learning_rate") if name in sources]
+    raise ConfigError(
+        message(
+            f"start_scale {scale:g} is less than 10 times learning_rate {rate:g}: cutting a step "
+            "back to the rank would discard part of it",
+            ", ".join(sources[name] for name in given) or "settings",
+            f"--start_scale of at least {10 * rate:g}, or --learning_rate of at most "
+            f"{abs(scale) / 10:g}",
+        )
+    )
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What can be set, with type, range, default and one sentence each; the command line is made from this.
 
 Types are strict: `true` is not a number, `"7"` is not 7, NaN and infinity are never accepted. `None` as a default means
-that the value follows from the others; `TrainConfig` fills all of them in, so a resolved configuration hides nothing.
+that the value follows from the others, and `TrainConfig.resolved` fills it in. What stays None does not apply (the
+momentum of AdamW, a Hub revision); only the resolution waits for the model, see `TrainConfig.with_resolution`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,22 @@ DEFAULT_LEARNING_RATE = {
     "scaledgd": 1e-4,
     "muon": 1e-3,
 }
+# The embedded model's scores on its model card were measured at 4.
+EMBEDDED_GUIDANCE, USUAL_GUIDANCE = 4.0, 7.5
+# These do nothing without another setting, so giving one alone is a mistake.
+PRIOR_ONLY = (
+    "class_prompt",
+    "class_data_dir",
+    "num_class_images",
+    "prior_loss_weight",
+    "sample_batch_size",
+)
+LOI_ONLY = ("loi_batches", "loi_estimator")
+
+
+def usual_init(optimizer: str) -> str:
+    """Start that goes with an optimizer; PEFT's default one and a factor-wise optimizer are the usual LoRA."""
+    return "loi" if optimizer == "riemannion" else "default"
 
 
 def _no_blank(value: object) -> object:
@@ -104,13 +121,14 @@ class AdapterSettings(Group):
     """The low-rank change of each attention layer."""
 
     rank: Count = Field(4, description="rank of the trained change of a layer")
-    init: Literal["loi", "orthonormal", "default", "gaussian", "pissa", "olora", "orthogonal"] = (
-        Field(
-            "loi",
-            description="start of the adapter. loi: locally optimal, from gradients; orthonormal: "
-            "random; pissa, olora: as in PEFT, over an untouched base; default, gaussian, "
-            "orthogonal: PEFT's starts with zero change, not for riemannion",
-        )
+    init: (
+        Literal["loi", "orthonormal", "default", "gaussian", "pissa", "olora", "orthogonal"] | None
+    ) = Field(
+        None,
+        description="start of the adapter. loi: locally optimal, from gradients; orthonormal: "
+        "random; pissa, olora: as in PEFT, over an untouched base; default, gaussian, "
+        "orthogonal: PEFT's starts with zero change, not for riemannion. Default: loi with "
+        "riemannion; default, which is the usual LoRA, with every other optimizer",
     )
     start_scale: float | None = Field(
         None,
@@ -124,7 +142,7 @@ class AdapterSettings(Group):
     @property
     def attach_init(self) -> str:
         """Start to attach with: locally optimal initialization replaces a random anchored one."""
-        return "orthonormal" if self.init == "loi" else self.init
+        return "orthonormal" if self.init in {None, "loi"} else str(self.init)
 
     @property
     def is_anchored(self) -> bool:
@@ -189,14 +207,17 @@ class ValidationSettings(Group):
     """Pictures to look at on the way."""
 
     validation_prompt: Texts = Field(
-        default_factory=list, description="one or more prompts; none: no validation"
+        default_factory=list,
+        description="one or more prompts, each in quotes; none: no validation",
     )
     num_validation_images: Count = Field(4, description="pictures per prompt")
     validation_steps: Count = Field(
         100, description="make them before training, every so many steps, and at the end"
     )
     num_inference_steps: Count = Field(25, description="sampling steps of a picture")
-    guidance_scale: Amount = Field(7.5, description="classifier-free guidance")
+    guidance_scale: Amount | None = Field(
+        None, description="classifier-free guidance; default 7.5, for the embedded model 4"
+    )
 
 
 class OutputSettings(Group):
@@ -237,7 +258,7 @@ GROUPS: dict[str, type[Group]] = {
 
 
 class TrainConfig(Group):
-    """All settings of one training, resolved: no value is left to be guessed later."""
+    """All settings of one training; `resolved` fills in those that follow from others."""
 
     model: ModelSettings
     data: DataSettings
@@ -253,6 +274,7 @@ class TrainConfig(Group):
     def _combinations(self) -> TrainConfig:
         """Refuse what is fine alone but not together; the first word of a message is the setting."""
         name, adapter, prior = self.optimizer.optimizer, self.adapter, self.prior
+        init = adapter.init or usual_init(name)
         if name == "riemannion" and not adapter.is_anchored:
             raise ValueError(
                 f"init {adapter.init!r} starts from a change of rank 0, which is not a point of "
@@ -261,8 +283,11 @@ class TrainConfig(Group):
             )
         if adapter.start_scale == 0:
             raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
-        if adapter.start_scale is not None and adapter.init != "loi":
-            raise ValueError(f"start_scale is a setting of init loi, not of init {adapter.init}")
+        if adapter.start_scale is not None and init != "loi":
+            raise ValueError(
+                f"start_scale is a setting of init loi, not of init {init}; leave it out, "
+                "or add --init loi"
+            )
         if self.optimizer.momentum is not None and name not in MOMENTUM_OPTIMIZERS:
             raise ValueError(
                 f"momentum is not a setting of {name}; leave it out, "
@@ -271,12 +296,36 @@ class TrainConfig(Group):
         if prior.with_prior_preservation and not (prior.class_data_dir and prior.class_prompt):
             missing = "class_prompt" if prior.class_data_dir else "class_data_dir"
             raise ValueError(f"{missing} must be given together with with_prior_preservation")
+        given = prior.model_fields_set | adapter.model_fields_set
+        for setting, remedy in self.idle().items():
+            if setting in given:
+                raise ValueError(
+                    f"{setting} does nothing here; add {remedy}, or leave --{setting} out"
+                )
         warmup, steps = self.schedule.lr_warmup_steps, self.schedule.max_train_steps
         if warmup is not None and warmup > steps:
             raise ValueError(
                 f"lr_warmup_steps is {warmup}, more than the whole run (max_train_steps {steps})"
             )
         return self
+
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing because of another one; name to the flag that would change that."""
+        name, found = self.optimizer.optimizer, {}
+        if not self.prior.with_prior_preservation:
+            found |= dict.fromkeys(PRIOR_ONLY, "--with_prior_preservation")
+        if (self.adapter.init or usual_init(name)) != "loi":
+            found |= dict.fromkeys(LOI_ONLY, "--init loi")
+        if self.output.report_to != "tensorboard":
+            found["logging_dir"] = "--report_to tensorboard"
+        if not self.validation.validation_prompt:
+            found["validation_steps"] = "--validation_prompt"
+        return found
+
+    def with_resolution(self, resolution: int) -> TrainConfig:
+        """The same settings with the side in pixels that was left to the model."""
+        data = self.data.model_copy(update={"resolution": resolution})
+        return self.model_copy(update={"data": data})
 
     def samples_per_step(self, processes: int = 1) -> int:
         """Pictures of the concept that one optimizer step sees."""
@@ -300,6 +349,8 @@ class TrainConfig(Group):
     def resolved(self) -> TrainConfig:
         """Fill in every value that follows from others."""
         name, rank = self.optimizer.optimizer, self.adapter.rank
+        init = self.adapter.init or usual_init(name)
+        is_embedded = self.model.pretrained_model_name_or_path is None
         steps = self.schedule.max_train_steps
         follow: dict[str, dict[str, object]] = {
             "optimizer": {
@@ -307,8 +358,9 @@ class TrainConfig(Group):
                 "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
                 "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
             },
-            "adapter": {"start_scale": 0.1 / rank**0.5 if self.adapter.init == "loi" else None},
+            "adapter": {"init": init, "start_scale": 0.1 / rank**0.5 if init == "loi" else None},
             "schedule": {"lr_warmup_steps": min(20, steps // 10)},
+            "validation": {"guidance_scale": EMBEDDED_GUIDANCE if is_embedded else USUAL_GUIDANCE},
         }
         changed = {}
         for group, values in follow.items():

@@ -129,14 +129,17 @@ _Dumper.yaml_implicit_resolvers = {
 
 def to_yaml(config: TrainConfig) -> str:
     """Write a configuration so that `--config` reads the same one back."""
+    idle = config.idle()
     parts = ["# Settings of a dreamrie training; use with --config.\n"]
-    for group in GROUPS:
+    for group, model in GROUPS.items():
         if group == "run":
             continue
         values = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in getattr(config, group)
             if value is not None
+            # Read back, a setting that does nothing would be refused or warned about.
+            and not (name in idle and value == model.model_fields[name].default)
         }
         if values:
             text = yaml.dump(
