@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from dreamrie.lora import (
     LowRank,
     attach_lora,
     balance,
+    balanced_factors,
     base_fingerprint,
     combine,
     export_factors,
@@ -425,6 +427,39 @@ def test_low_rank_arithmetic_refuses_what_does_not_fit() -> None:
         balance(a, rank=0)
     with pytest.raises(ConfigError, match="no LoRA pair to export"):
         export_factors([])
+
+
+class _WithoutDouble(Tensor):
+    """A tensor on a device that has no fp64, like Apple's; its CPU copy is an ordinary one."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = (*args, *(kwargs or {}).values())
+        if func is Tensor.double or any(value is torch.float64 for value in named):
+            raise TypeError("this device has no float64")
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(Tensor) if func is Tensor.cpu else result
+
+
+def test_export_computes_on_the_cpu() -> None:
+    """Factors on a device without fp64 export the same numbers as on one that has it."""
+    left, right = noise(0, 7, 4).float(), noise(1, 4, 6).float()
+    with pytest.raises(TypeError, match="no float64"):
+        left.as_subclass(_WithoutDouble).double()
+
+    def factors(kind: type[Tensor]) -> LowRank:
+        pair = SimpleNamespace(
+            name="x",
+            scaling=0.625,
+            left_matrix=lambda: left.as_subclass(kind),
+            right_matrix=lambda: right.as_subclass(kind),
+        )
+        return balanced_factors(pair)
+
+    for part, wanted in zip(factors(_WithoutDouble), factors(Tensor), strict=True):
+        assert type(part) is Tensor
+        assert part.dtype == F64
+        assert torch.equal(part, wanted)
 
 
 def test_an_untrained_pair_exports_zero() -> None:

@@ -2,6 +2,8 @@
 
 The two halves of an anchored pair nearly cancel, so casting them as they are to fp16 loses up to 7 %
 of the change. Balanced factors of the difference lose 0.03 %: balance first, cast afterwards.
+
+All of it is done on the CPU: some accelerators have no fp64, and the factors are thin.
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ def balance(change: LowRank, *, rank: int | None = None, drop_below: float = 0.0
             rounding dust. At least one is kept.
 
     Returns:
-        fp64 factors; the number of columns is min(k, out, in), or fewer when truncated.
+        fp64 factors on the CPU; the number of columns is min(k, out, in), or fewer when truncated.
 
     Raises:
         ConfigError: shapes do not fit or rank is below 1.
         NumericalError: a factor is not finite.
     """
-    left, right = change.left.double(), change.right.double()
+    left, right = _exact(change.left), _exact(change.right)
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         raise ConfigError(f"factors {tuple(left.shape)} and {tuple(right.shape)} do not multiply.")
     if rank is not None and rank < 1:
@@ -68,9 +70,14 @@ def balance(change: LowRank, *, rank: int | None = None, drop_below: float = 0.0
     return LowRank((q_left @ u[:, :keep]) * root, root[:, None] * (vh[:keep] @ q_right.T))
 
 
+def _exact(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU in fp64; moved first, as its own device may not have that precision."""
+    return tensor.cpu().double()
+
+
 def kept_energy(singular_values: Tensor, rank: int) -> float:
     """Share of sum s^2 that the first `rank` singular values hold; 1 for the zero matrix."""
-    squares = singular_values.double() ** 2
+    squares = _exact(singular_values) ** 2
     total = float(squares.sum())
     return float(squares[:rank].sum()) / total if total > 0.0 else 1.0
 
@@ -96,9 +103,9 @@ def combine(changes: Sequence[LowRank], weights: Sequence[float] | None = None) 
 
 
 def change_of(pair: LoraPair) -> LowRank:
-    """The change of a pair with its scaling folded in, anchor included; fp64 copies."""
-    left = pair.scaling * pair.left_matrix().detach().double()
-    return LowRank(left, pair.right_matrix().detach().double().clone())
+    """The change of a pair with its scaling folded in, anchor included; fp64 copies on the CPU."""
+    left = pair.scaling * _exact(pair.left_matrix().detach())
+    return LowRank(left, _exact(pair.right_matrix().detach()).clone())
 
 
 def balanced_factors(
@@ -114,7 +121,7 @@ def balanced_factors(
         drop_below: see `balance`.
 
     Returns:
-        left (out, k) and right (k, in), fp64.
+        left (out, k) and right (k, in), fp64, on the CPU.
 
     Raises:
         NumericalError: a factor is not finite; the message names the layer.
@@ -132,7 +139,7 @@ def export_factors(
 
     Returns:
         layer name -> left `lora_B` (out, k) or (out, k, 1, 1), right `lora_A` (k, in) or
-        (k, in, kh, kw); fp64, scaling 1.
+        (k, in, kh, kw); fp64, on the CPU, scaling 1.
 
     Raises:
         ConfigError: there is no pair.
