@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from dreamrie.diffusion.images import check_images, fit_shorter_side, load_images
+from dreamrie.diffusion.images import find_pictures, fit_shorter_side, map_images
 from dreamrie.diffusion.streams import stream_generator
 from dreamrie.errors import ConfigError
 
@@ -63,34 +64,39 @@ class PictureSet:
         self._resolution = resolution
         self._center_crop = center_crop
         self._random_flip = random_flip
-        self._pictures: list[Tensor] = []
-        images = load_images(self.paths)
+        taken = map_images(self.paths, self._take)
+        self._pictures = [picture for picture, _ in taken]
         small = [
-            p.name for p, i in zip(self.paths, images, strict=True) if min(i.size) < resolution
+            p.name for p, (_, side) in zip(self.paths, taken, strict=True) if side < resolution
         ]
         if small:
             _log.warning(
                 "%d of %d pictures are smaller than %d px and were enlarged: %s",
                 len(small),
-                len(images),
+                len(taken),
                 resolution,
                 ", ".join(small),
             )
-        for image in images:
-            array = np.array(fit_shorter_side(image, resolution))
-            self._pictures.append(torch.from_numpy(array).permute(2, 0, 1).contiguous())
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def views(self) -> list[View] | None:
-        """Every view that can be drawn, or None when random crops make them too many to keep."""
-        if not self._center_crop and any(
-            self._slack(index) != (0, 0) for index in range(len(self))
-        ):
+    def views_of(self, index: int) -> list[View] | None:
+        """Every view of one picture that can be drawn, or None when random crops are too many to keep."""
+        if not self._center_crop and self._slack(index) != (0, 0):
             return None
         flips = (False, True) if self._random_flip else (False,)
-        return [View(i, *self._center(i), flip) for i in range(len(self)) for flip in flips]
+        return [View(index, *self._center(index), flip) for flip in flips]
+
+    def views(self) -> list[View] | None:
+        """Every view of every picture, or None when those of one cannot be counted."""
+        found: list[View] = []
+        for index in range(len(self)):
+            views = self.views_of(index)
+            if views is None:
+                return None
+            found += views
+        return found
 
     def view_at(self, seed: int, stream: str, position: int) -> View:
         """Choose the view for one position of an endless stream.
@@ -134,6 +140,11 @@ class PictureSet:
             square = square.flip(-1)
         return square.to(torch.float32) / 127.5 - 1.0
 
+    def _take(self, image: Image.Image) -> tuple[Tensor, int]:
+        """What is kept of a decoded picture: (3, height, width), resized, and the shorter side it had."""
+        array = np.array(fit_shorter_side(image, self._resolution))
+        return torch.from_numpy(array).permute(2, 0, 1).contiguous(), min(image.size)
+
     def _slack(self, index: int) -> tuple[int, int]:
         """Rows and columns beyond the square."""
         height, width = self._pictures[index].shape[1:]
@@ -146,7 +157,7 @@ class PictureSet:
 
 
 class ConceptSet:
-    """The pictures of a concept and, for prior preservation, of its class. All are checked here.
+    """The pictures of a concept and, for prior preservation, of its class. All are decoded here, once.
 
     Args:
         instance_dir: folder with the pictures of the concept.
@@ -186,7 +197,7 @@ class ConceptSet:
             raise ConfigError('--class_prompt is empty. Name the class: "a photo of a dog".')
         self.resolution = resolution
         self.instance = PictureSet(
-            check_images(instance_dir),
+            find_pictures(instance_dir),
             prompt,
             resolution=resolution,
             center_crop=center_crop,

@@ -10,14 +10,17 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dreamrie.errors import ImageError
 from dreamrie.files import write_atomic
+
+T = TypeVar("T")
 
 # A phone photo has at most 50 megapixels in practice; far beyond that a file is an accident or an attack.
 LIMIT_PIXELS = 80_000_000
@@ -27,6 +30,8 @@ BACKGROUND = (255, 255, 255)
 
 # MPO, a photo with a second picture behind it, opens as JPEG.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# Bytes 8 to 12 of a HEIC, HEIF or AVIF file, after "ftyp".
+_HEIF_BRANDS = (b"hei", b"hev", b"mif1", b"msf1", b"avi")
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 # 32-bit integers and floats state no range, so there is no right way to 8 bits.
@@ -101,23 +106,24 @@ def list_images(directory: Path) -> list[Path]:
     return [entry for entry in entries if not _is_ignored(entry)]
 
 
-def load_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """Decode all pictures, and name all bad ones together.
+def map_images(paths: Sequence[Path], use: Callable[[Image.Image], T]) -> list[T]:
+    """Decode all pictures one after the other, and name all bad ones together.
 
     Args:
         paths: files.
+        use: gets each RGB picture; a full-size one takes a hundred megabytes, so only its result is kept.
 
     Returns:
-        One RGB picture for each path.
+        What `use` made of each picture.
 
     Raises:
         ImageError: at least one file is bad; the message lists every one.
     """
-    images: list[Image.Image] = []
+    results: list[T] = []
     failures: list[str] = []
     for path in paths:
         try:
-            images.append(load_image(path))
+            results.append(use(load_image(path)))
         except ImageError as error:
             failures.append(str(error))
     if failures:
@@ -125,7 +131,25 @@ def load_images(paths: Sequence[Path]) -> list[Image.Image]:
         raise ImageError(
             f"{len(failures)} of {len(paths)} files cannot be used:\n  {listed}\nRemove or replace them."
         )
-    return images
+    return results
+
+
+def find_pictures(directory: Path) -> list[Path]:
+    """List the pictures of a folder that must not be empty; nothing is decoded.
+
+    Args:
+        directory: folder with pictures.
+
+    Returns:
+        The paths, sorted, of at least one file.
+
+    Raises:
+        ImageError: the folder is missing or holds no picture.
+    """
+    paths = list_images(directory)
+    if not paths:
+        raise ImageError(f"{directory} holds no pictures. Put PNG, JPEG or WebP files into it.")
+    return paths
 
 
 def check_images(directory: Path) -> list[Path]:
@@ -140,10 +164,8 @@ def check_images(directory: Path) -> list[Path]:
     Raises:
         ImageError: the folder is missing or holds no picture, or some files are bad.
     """
-    paths = list_images(directory)
-    if not paths:
-        raise ImageError(f"{directory} holds no pictures. Put PNG, JPEG or WebP files into it.")
-    load_images(paths)
+    paths = find_pictures(directory)
+    map_images(paths, lambda image: None)
     return paths
 
 
@@ -210,6 +232,10 @@ def _what_it_is(path: Path) -> str:
     size = path.stat().st_size
     if size == 0:
         return "the file is empty"
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:].startswith(_HEIF_BRANDS):
+        return "a HEIC or AVIF photo, as phones take them: convert it to PNG or JPEG"
     return f"{size} bytes, none of {', '.join(_FORMATS)}"
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from dreamrie.diffusion.images import list_images, load_image, load_images, save_png
+from dreamrie.diffusion.images import list_images, load_image, map_images, save_png
 from dreamrie.diffusion.pipeline import Components, check_prompt, sample
 from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import ConfigError, ImageError
@@ -109,7 +109,7 @@ def own_class_images(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise ConfigError(f"--class_data_dir {directory} is a file, not a folder.")
     paths = list_images(directory)
-    load_images(paths)
+    map_images(paths, lambda image: None)
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dreamrie.diffusion import images
 from dreamrie.diffusion.data import ConceptSet, PictureSet, View
 from dreamrie.errors import ConfigError, ImageError
 from tests.small_models import write_pictures
@@ -96,6 +98,44 @@ def test_views_can_be_counted_unless_crops_are_random(tmp_path: Path) -> None:
     Image.new("RGB", (26, 16)).save(tmp_path / "wide.png")
     assert _set(tmp_path).views() is None
     assert len(_set(tmp_path, center_crop=True).views() or ()) == 4
+
+
+def test_views_of_a_square_picture_can_be_counted_beside_one_that_is_not(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 2, 24)
+    Image.new("RGB", (26, 16)).save(tmp_path / "wide.png")
+    pictures = _set(tmp_path, random_flip=True)
+    counted = [pictures.views_of(index) for index in range(3)]
+    assert [None if views is None else len(views) for views in counted] == [2, 2, None]
+    assert counted[1] == [View(1, 0, 0, False), View(1, 0, 0, True)]
+
+
+def test_each_picture_is_decoded_once_and_not_kept_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of photos must not fill the memory: before the next is decoded, the last is gone."""
+    paths = write_pictures(tmp_path / "concept", 4, 96)
+    others = write_pictures(tmp_path / "class", 3, 96)
+    decoded: list[Path] = []
+    seen: list[weakref.ref[Image.Image]] = []
+    decode = images.load_image
+
+    def counted(path: Path) -> Image.Image:
+        assert all(one() is None for one in seen)
+        decoded.append(path)
+        picture = decode(path)
+        seen.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(images, "load_image", counted)
+    concept = ConceptSet(
+        tmp_path / "concept", "x", resolution=16, class_images=others, class_prompt="y"
+    )
+    assert decoded == [*paths, *others]
+    assert all(one() is None for one in seen)
+    kept = [concept.instance.pixels(View(index, 0, 0, False)) for index in range(4)]
+    for path, pixels in zip(paths, kept, strict=True):
+        small = np.asarray(images.fit_shorter_side(decode(path), 16), dtype=np.float32)
+        assert np.allclose(pixels.permute(1, 2, 0).numpy(), small / 127.5 - 1, atol=1e-6)
 
 
 def test_enlarged_pictures_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -251,6 +251,15 @@ def test_damaged_bytes_decode_or_are_refused(tmp_path: Path) -> None:
     assert 50 < refused < 400
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"hevc", b"mif1", b"avif"])
+def test_a_heic_photo_is_named_with_its_remedy(tmp_path: Path, brand: bytes) -> None:
+    """What phones take is not read here; the message says what it is, whatever the file is called."""
+    path = tmp_path / "IMG_0001.jpg"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0" * 40)
+    with pytest.raises(ImageError, match=r"IMG_0001\.jpg.*HEIC.*convert it to PNG or JPEG"):
+        images.load_image(path)
+
+
 def test_folders_without_pictures_are_named(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
