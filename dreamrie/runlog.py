@@ -4,6 +4,7 @@
     spectrum.jsonl   singular values of every adapted layer, every few steps
     config.yaml      the resolved settings; itself a valid --config
     run.json         exact command, seeds, versions
+    previous-1/ ...  the same files of an older run in the same folder
 
 JSON has no NaN: a number that is not finite is written as null, and the record says why the step was skipped.
 """
@@ -19,6 +20,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +42,19 @@ RECORDED_PACKAGES = (
     "numpy",
     "pillow",
 )
+ADAPTER = "pytorch_lora_weights.safetensors"
+# What a run writes. The last two mark a folder that holds one, so they are the last to be moved away.
+RUN_FILES = (
+    "samples",
+    "logs",
+    "metrics.jsonl",
+    "spectrum.jsonl",
+    "config.yaml",
+    "run.json",
+    ADAPTER,
+)
+# tqdm's own rate turns into s/step when a step takes longer than a second; ours does not.
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 
 
 def start_logging(verbose: bool) -> None:
@@ -131,6 +146,35 @@ def check_output_dir(folder: Path, tensorboard: bool = False) -> None:
     )
 
 
+def folder_for_older_run(folder: Path) -> Path | None:
+    """Say where the older run of an output folder would go, so that two runs never mix.
+
+    Args:
+        folder: output folder; it may not exist yet.
+
+    Returns:
+        The first of previous-1, previous-2, ... that is free; None when the folder holds no run.
+    """
+    if not any((folder / name).exists() for name in RUN_FILES[-2:]):
+        return None
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    return folder / f"previous-{number}"
+
+
+def _move_older_run(folder: Path) -> None:
+    """Rename what an older run left, whole and with nothing overwritten."""
+    target = folder_for_older_run(folder)
+    if target is None:
+        return
+    target.mkdir()
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            (folder / name).rename(target / name)
+    logger.info("%s holds an older run, which was moved to %s", folder, target)
+
+
 def _finite(value: Any) -> Any:
     """The same value with every number that JSON lacks replaced by None."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -172,6 +216,8 @@ def code_version() -> str:
 class RunLog:
     """Writer of one run's records; a context manager, so that the files are closed whatever happens.
 
+    An older run in the folder is moved into a folder of its own, see `folder_for_older_run`.
+
     Args:
         output_dir: folder of the run; created if needed. None: write nothing (not the main process, tests).
         total_steps: length of the progress bar.
@@ -195,7 +241,8 @@ class RunLog:
         self._spectrum: IO[str] | None = None
         self._board: Any = None
         self._bar: Any = None
-        self._last_loss: float | None = None
+        self._redirect = ExitStack()
+        self._total_steps = total_steps
         try:
             if output_dir is not None:
                 self._open(output_dir, tensorboard_dir)
@@ -203,16 +250,14 @@ class RunLog:
             self.close()
             raise
         hidden = not sys.stderr.isatty() if quiet is None else quiet
-        if not hidden and output_dir is not None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._has_bar = output_dir is not None and not hidden
 
     def _open(self, folder: Path, tensorboard_dir: Path | None) -> None:
         """Create the folder and the files; a run starts with empty records."""
         check_output_dir(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _move_older_run(folder)
             self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
             self._spectrum = (folder / "spectrum.jsonl").open("w", encoding="utf-8")
         except OSError as error:
@@ -241,6 +286,8 @@ class RunLog:
             if stream is not None:
                 stream.close()
         self._metrics = self._spectrum = self._board = self._bar = None
+        self._has_bar = False
+        self._redirect.close()
 
     def manifest(
         self,
@@ -282,12 +329,33 @@ class RunLog:
             record: has "step", "loss", "lr", "grad_norm", "steps_per_s", "skipped" (reason or None).
         """
         self._write(self._metrics, record)
-        self._plot({name: record[name] for name in ("loss", "lr", "grad_norm")}, record["step"])
-        if self._bar is not None:
-            # tqdm itself shows steps/s and ETA.
-            self._bar.set_postfix(
-                {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.1e}"}, refresh=False
+        numbers = ("loss", "lr", "grad_norm", "steps_per_s")
+        self._plot({name: record[name] for name in numbers}, record["step"])
+        if self._has_bar:
+            self._move_bar(record)
+
+    def _move_bar(self, record: Mapping[str, Any]) -> None:
+        """Create the bar at the first step, below what was logged until then; later messages go above it."""
+        words = {
+            "loss": f"{record['loss']:.4f}",
+            "lr": f"{record['lr']:.1e}",
+            "steps/s": f"{record['steps_per_s']:.3g}",
+        }
+        if self._bar is None:
+            from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            self._redirect.enter_context(logging_redirect_tqdm())
+            self._bar = tqdm(
+                total=self._total_steps,
+                initial=record["step"],
+                dynamic_ncols=True,
+                smoothing=0.1,
+                bar_format=BAR_FORMAT,
+                postfix=words,
             )
+        else:
+            self._bar.set_postfix(words, refresh=False)
             self._bar.update(1)
 
     def scores(self, step: int, scores: Mapping[str, float]) -> None:
@@ -305,10 +373,17 @@ class RunLog:
         self._write(self._spectrum, {"step": step, **values})
 
     def _write(self, stream: IO[str] | None, record: Mapping[str, Any]) -> None:
-        """One line, at once on its way to the disk."""
-        if stream is not None:
+        """One line, at once on its way to the disk; a full disk ends the records, not the training."""
+        if stream is None or stream.closed:
+            return
+        try:
             stream.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
             stream.flush()
+        except OSError as error:
+            failure = f"{stream.name} takes no more records, training goes on: {error}"
+            logger.error(failure)  # noqa: TRY400  one line, as every message
+            with suppress(OSError):  # closing writes what is left
+                stream.close()
 
     def _plot(self, values: Mapping[str, Any], step: int) -> None:
         """Hand finite numbers to TensorBoard."""

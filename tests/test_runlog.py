@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from dreamrie import __version__
+from dreamrie.adapter_file import DIFFUSERS_FILE
 from dreamrie.errors import (
     AdapterError,
     CheckpointError,
@@ -19,10 +21,12 @@ from dreamrie.errors import (
     NumericalError,
 )
 from dreamrie.runlog import (
+    ADAPTER,
     RunLog,
     check_output_dir,
     code_version,
     exit_code,
+    folder_for_older_run,
     package_versions,
     start_logging,
     write_atomic,
@@ -118,8 +122,99 @@ def test_the_progress_bar_shows_loss_rate_and_speed_on_a_terminal_only(
                 log.step(STEP | {"step": step})
         text = capsys.readouterr().err
         assert bool(text) == shown
-    for words in ("4/4", "loss=0.2500", "lr=1.0e-03", "step/s"):
+    for words in ("4/4", "loss=0.2500", "lr=1.0e-03", "steps/s=7.5", "ETA 00:00"):
         assert words in text
+
+
+def test_the_progress_bar_of_slow_steps_shows_steps_per_second_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, 4, quiet=False) as log:
+        log.step(STEP | {"step": 1, "steps_per_s": 0.0521})
+    text = capsys.readouterr().err
+    assert "steps/s=0.0521" in text
+    assert "s/step" not in text
+
+
+def test_messages_stand_on_lines_of_their_own_beside_the_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler, root = logging.StreamHandler(sys.stderr), logging.getLogger()
+    root.addHandler(handler)
+    handlers = list(root.handlers)
+    try:
+        with RunLog(tmp_path, 4, quiet=False) as log:
+            assert not capsys.readouterr().err  # no bar before there is a step to show
+            for step in range(1, 4):
+                log.step(STEP | {"step": step})
+                root.warning("message %d", step)
+        assert root.handlers == handlers
+    finally:
+        root.removeHandler(handler)
+    pieces = re.split(r"[\r\n]", capsys.readouterr().err)
+    assert [piece for piece in pieces if "message" in piece] == [
+        "message 1",
+        "message 2",
+        "message 3",
+    ]
+
+
+def test_records_on_a_full_disk_end_with_one_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/dev/full takes nothing; the training behind the log goes on."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with RunLog(tmp_path, 4, quiet=True) as log:
+        for step in range(1, 5):
+            log.step(STEP | {"step": step})
+            log.spectrum(step, change={"layer": [1.0]})
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert "metrics.jsonl" in errors[0]
+    assert "No space left" in errors[0]
+    assert len(lines(tmp_path / "spectrum.jsonl")) == 4
+
+
+def test_an_older_run_is_moved_aside_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dreamrie")
+    (tmp_path / "mine.txt").write_text("mine")
+    for number in (1, 2, 3):
+        with RunLog(tmp_path, 4, quiet=True) as log:
+            log.step(STEP | {"step": number})
+            log.manifest(f"rank: {number}\n", [], {}, {})
+            assert not (tmp_path / ADAPTER).exists()
+            assert not (tmp_path / "samples").exists()
+        (tmp_path / ADAPTER).write_text(f"adapter {number}")
+        (tmp_path / "samples").mkdir()
+        (tmp_path / "samples" / f"{number}.png").write_text("picture")
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {
+        "previous-1",
+        "previous-2",
+        "samples",
+    }
+    for number in (1, 2):
+        older = tmp_path / f"previous-{number}"
+        assert (older / ADAPTER).read_text() == f"adapter {number}"
+        assert (older / "config.yaml").read_text() == f"rank: {number}\n"
+        assert (older / "run.json").exists()
+        assert [record["step"] for record in lines(older / "metrics.jsonl")] == [number]
+        assert (older / "spectrum.jsonl").exists()
+        assert [p.name for p in (older / "samples").iterdir()] == [f"{number}.png"]
+        assert f"moved to {older}" in caplog.text
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert folder_for_older_run(tmp_path) == tmp_path / "previous-3"
+
+
+def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
+    assert ADAPTER == DIFFUSERS_FILE
+    assert folder_for_older_run(tmp_path / "absent") is None
+    (tmp_path / "config.yaml").write_text("rank: 4\n")
+    with RunLog(tmp_path, 4, quiet=True):
+        pass
+    assert not list(tmp_path.glob("previous-*"))
+    assert (tmp_path / "config.yaml").exists()
 
 
 def test_closing_twice_is_harmless_and_happens_after_an_error(tmp_path: Path) -> None:
@@ -144,6 +239,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.25)]
     assert [e.value for e in events.Scalars("validation/similarity")] == [0.5]
     assert [e.step for e in events.Scalars("lr")] == [3, 4]
+    assert [e.value for e in events.Scalars("steps_per_s")] == [7.5, 7.5]
 
 
 def test_tensorboard_that_is_not_installed_is_a_clear_error(

@@ -14,7 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamrie.errors import ConfigError
+from dreamrie.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    ImageError,
+    NumericalError,
+)
 from dreamrie.lora import attach_lora
 from dreamrie.optimizers import build_optimizer
 from dreamrie.runlog import RunLog
@@ -27,6 +33,7 @@ from dreamrie.trainer import (
     make_accelerator,
     own_random_stream,
     schedule_factor,
+    sigterm_as_ctrl_c,
     train,
 )
 from tests.small_task import RANK, SmallTask, train_small
@@ -133,6 +140,54 @@ def test_without_a_folder_nothing_is_saved_or_validated() -> None:
     assert not task.validated
 
 
+class FailingTask(SmallTask):
+    """Its samples fail at step 3, its save at the end, as told."""
+
+    def __init__(self, samples: Exception | None = None, save: Exception | None = None) -> None:
+        super().__init__()
+        self.failures = (samples, save)
+
+    def validate(self, step: int, directory: Path) -> dict[str, float]:
+        if step == 3 and self.failures[0] is not None:
+            raise self.failures[0]
+        return super().validate(step, directory)
+
+    def save(self, directory: Path, metadata: dict[str, str]) -> None:
+        if self.failures[1] is not None:
+            raise self.failures[1]
+        super().save(directory, metadata)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "full"), ImageError("full"), CheckpointError("full")]
+)
+def test_samples_that_cannot_be_written_do_not_end_the_training(
+    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = FailingTask(samples=error)
+    outcome = train_small(loop, tmp_path, task, validation_steps=3)
+    assert (task.validated, outcome.result.steps) == ([0, 6, 8], 8)
+    messages = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(messages) == 1
+    assert "step 3" in messages[0]
+    assert "full" in messages[0]
+    plain = train_small(loop, tmp_path / "plain", SmallTask()).task
+    assert all(torch.equal(a, b) for a, b in zip(task.factors(), plain.factors(), strict=True))
+
+
+def test_samples_of_a_broken_model_end_the_training(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError):
+        train_small(loop, tmp_path, FailingTask(samples=NumericalError("x")), validation_steps=3)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), AdapterError("full")])
+def test_an_adapter_that_cannot_be_saved_is_a_failed_training(
+    tmp_path: Path, error: Exception
+) -> None:
+    with pytest.raises(CheckpointError, match="full"):
+        train_small(loop, tmp_path, FailingTask(save=error))
+
+
 # ---------------------------------------------------------------------------------- stopping
 
 
@@ -154,6 +209,7 @@ def test_a_signal_finishes_the_step_and_saves(
     with caplog.at_level(logging.WARNING, "dreamrie"):
         outcome = train_small(loop, tmp_path, task, validation_steps=3)
     assert outcome.result.interrupted
+    assert outcome.result.saved
     assert outcome.result.steps == len(outcome.steps) == 3
     assert task.validated == [0]  # no time is spent on pictures after the signal
     assert "once more" in caplog.text
@@ -161,6 +217,56 @@ def test_a_signal_finishes_the_step_and_saves(
     assert all(torch.equal(a, b) for a, b in zip(task.factors(), three.factors(), strict=True))
     assert task.saved[0]["steps"] == "3"
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+class StoppedAtOnce(SmallTask):
+    """The signal comes while the samples before training are drawn."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def validate(self, step: int, directory: Path) -> dict[str, float]:
+        os.kill(os.getpid(), self.number)
+        return super().validate(step, directory)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_saves_nothing(
+    tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = StoppedAtOnce(number)
+    outcome = train_small(loop, tmp_path, task, validation_steps=3)
+    assert (outcome.result.interrupted, outcome.result.saved) == (True, False)
+    assert (outcome.result.steps, task.validated, task.saved) == (0, [0], [])
+    assert "stopped; nothing was saved" in caplog.messages
+
+
+def test_a_signal_after_skipped_steps_alone_saves_nothing(tmp_path: Path) -> None:
+    def spoil(step: int, loss: Tensor) -> Tensor:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss * float("nan")
+
+    task = SmallTask(spoil=spoil)
+    result = train_small(loop, tmp_path, task).result
+    assert (result.steps, result.skipped_steps) == (2, 2)
+    assert (result.interrupted, result.saved, task.saved) == (True, False, [])
+
+
+def test_a_run_of_skipped_steps_alone_is_a_failed_training(tmp_path: Path) -> None:
+    task = SmallTask(spoil=lambda step, loss: loss * float("nan"))
+    with pytest.raises(NumericalError, match="every one of the 2 steps"):
+        train_small(loop, tmp_path, task, max_steps=2)
+    assert not task.saved
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
@@ -226,6 +332,18 @@ def test_a_precision_this_machine_lacks_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="--mixed_precision") as caught:
         make_accelerator("fp16")
     assert len(str(caught.value).splitlines()) == 3
+    assert "use bf16, or no" in str(caught.value)
     # And a run in another precision can follow in the same process.
     assert make_accelerator("bf16").mixed_precision == "bf16"
     assert make_accelerator("no").mixed_precision == "no"
+
+
+def test_what_is_proposed_instead_of_bf16_is_not_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU older than bf16."""
+
+    def refuse(**_: object) -> None:
+        raise ValueError("bf16 mixed precision requires a supported device.")
+
+    monkeypatch.setattr("dreamrie.trainer.control.Accelerator", refuse)
+    with pytest.raises(ConfigError, match="use fp16, or no"):
+        make_accelerator("bf16")

@@ -26,13 +26,7 @@ DEFAULT_LEARNING_RATE = {
 # The embedded model's scores on its model card were measured at 4.
 EMBEDDED_GUIDANCE, USUAL_GUIDANCE = 4.0, 7.5
 # These do nothing without another setting, so giving one alone is a mistake.
-PRIOR_ONLY = (
-    "class_prompt",
-    "class_data_dir",
-    "num_class_images",
-    "prior_loss_weight",
-    "sample_batch_size",
-)
+PRIOR_ONLY = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
 LOI_ONLY = ("loi_batches", "loi_estimator")
 
 

@@ -8,6 +8,7 @@ from dreamrie.trainer.control import (
     make_accelerator,
     own_random_stream,
     schedule_factor,
+    sigterm_as_ctrl_c,
 )
 from dreamrie.trainer.loop import change_spectra, train
 from dreamrie.trainer.task import LoopSettings, Task, TrainResult
@@ -22,5 +23,6 @@ __all__ = [
     "make_accelerator",
     "own_random_stream",
     "schedule_factor",
+    "sigterm_as_ctrl_c",
     "train",
 ]

@@ -46,10 +46,12 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
 
 def _no_such_precision(mixed_precision: str, reason: str) -> str:
     """Message about a precision that this machine lacks."""
+    # A GPU too old for bf16 computes in fp16; without a GPU it is the reverse.
+    other = "fp16" if mixed_precision == "bf16" else "bf16"
     return (
         f"{mixed_precision} cannot be used on this machine: {' '.join(reason.split())}\n"
         "  where: --mixed_precision\n"
-        "  what to do: use bf16, or no"
+        f"  what to do: use {other}, or no"
     )
 
 
@@ -91,6 +93,19 @@ def own_random_stream(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Make SIGTERM end a command as Ctrl-C does, also while no step is running that could be finished."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopRequest:

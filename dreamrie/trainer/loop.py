@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dreamrie.errors import NumericalError
+from dreamrie.errors import AdapterError, CheckpointError, ImageError, NumericalError
 from dreamrie.fixed_rank import point_from_factors
 from dreamrie.lora import LoraPair
 from dreamrie.riemannion import Riemannion
@@ -130,7 +130,7 @@ class _Loop:
                 "loss": loss_value,
                 "lr": learning_rate,
                 "grad_norm": norm_value,
-                "steps_per_s": round(1 / duration, 3),
+                "steps_per_s": float(f"{1 / duration:.4g}"),
                 "skipped": skip,
             }
         )
@@ -156,10 +156,17 @@ class _Loop:
             )
 
     def validate(self, step: int) -> None:
-        """Samples and scores of the present model."""
+        """Samples and scores of the present model; a disk that takes no picture does not end a training."""
         if self.log.output_dir is not None:
-            with torch.no_grad():
-                scores = self.task.validate(step, self.log.output_dir / "samples")
+            folder, scores = self.log.output_dir / "samples", {}
+            if step == 0:
+                logger.info("Samples before training, into %s ...", folder)
+            try:
+                with torch.no_grad():
+                    scores = self.task.validate(step, folder)
+            except (OSError, ImageError, CheckpointError) as error:
+                failure = f"Samples of step {step} could not be written, training goes on: {error}"
+                logger.error(failure)  # noqa: TRY400  one line, as every message
             self.task.model.train()
             if scores:
                 self.log.scores(step, scores)
@@ -173,7 +180,7 @@ class _Loop:
         self.log.spectrum(step, **values)
 
     def run(self) -> TrainResult:
-        """All steps, then the final save, also when a signal ends it early."""
+        """All steps, then the final save, also when a signal ends it early after at least one step."""
         s, step = self.settings, 0
         self.task.model.train()
         self.set_learning_rate(0)
@@ -192,15 +199,30 @@ class _Loop:
                     self.validate(step)
                 if stop.asked:
                     break
-            self.save(step)
+            moved = step > self.skipped
+            if moved:
+                self.save(step)
+            elif stop.asked:
+                logger.warning("stopped; nothing was saved")
+            elif self.skipped:
+                raise NumericalError(
+                    f"every one of the {step} steps was skipped, so the adapter is unchanged\n"
+                    "  where: the warnings above name the batches\n"
+                    "  what to do: look at the named pictures, or lower --learning_rate; "
+                    "no adapter was written"
+                )
         self.accelerator.free_memory()
-        return TrainResult(step, self.skipped, stop.asked, self.last_loss, self.seconds)
+        return TrainResult(step, self.skipped, stop.asked, moved, self.last_loss, self.seconds)
 
     def save(self, step: int) -> None:
         """Write the adapter; only the main process does."""
         if self.log.output_dir is not None:
             facts = {"steps": str(step), "optimizer": type(self.optimizer).__name__.lower()}
-            self.task.save(self.log.output_dir, facts)
+            try:
+                self.task.save(self.log.output_dir, facts)
+            except (AdapterError, OSError) as error:
+                # AdapterError alone would say that something given was wrong; the training failed.
+                raise CheckpointError(str(error)) from error
         self.accelerator.wait_for_everyone()
 
 
@@ -232,6 +254,8 @@ def train(
 ) -> TrainResult:
     """Train, validate on the way, save at the end; also after Ctrl-C, which finishes the step.
 
+    A signal before the first finished step saves nothing: the adapter would be empty.
+
     Args:
         task: what is trained; its model is already on the accelerator's device.
         optimizer: over the task's pairs; its `lr` is the peak of the schedule.
@@ -244,7 +268,9 @@ def train(
         What happened.
 
     Raises:
-        NumericalError: loss or gradient was not finite three times in a row; nothing is saved.
+        NumericalError: loss or gradient was not finite 3 times in a row (20 times under fp16, which finds its
+            loss scale by overflowing), or in every step; nothing is saved.
+        CheckpointError: the adapter cannot be written at the end.
         ConfigError: an unknown schedule.
     """
     return _Loop(task, optimizer, settings, log, accelerator or make_accelerator()).run()

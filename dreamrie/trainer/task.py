@@ -89,7 +89,8 @@ class TrainResult:
     Attributes:
         steps: steps taken, skipped ones included.
         skipped_steps: steps left out because a loss or gradient was not finite.
-        interrupted: a signal asked to stop; the adapter was saved.
+        interrupted: a signal asked to stop.
+        saved: the adapter was saved; it is not when a signal came before the first finished step.
         last_loss: mean loss of the last step; NaN if there was none.
         seconds: time in training steps, without validation.
     """
@@ -97,5 +98,6 @@ class TrainResult:
     steps: int
     skipped_steps: int
     interrupted: bool
+    saved: bool
     last_loss: float
     seconds: float
