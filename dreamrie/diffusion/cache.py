@@ -14,21 +14,29 @@ _ENCODE_BATCH = 8
 
 
 class LatentCache:
-    """Latents of one picture set: encoded once if the views can be counted, on demand otherwise.
+    """Latents of one picture set: encoded once where a picture's views can be counted, on demand otherwise.
 
     Args:
-        vae: encodes; not used again after construction when `is_complete`.
+        vae: encodes; not used again after construction when nothing is `uncounted`.
         pictures: the set.
+
+    Attributes:
+        uncounted: names of the pictures whose random crops are too many to keep.
     """
 
     def __init__(self, vae: Any, pictures: PictureSet) -> None:
         self._vae = vae
         self._pictures = pictures
         self._stored: dict[View, Posterior] = {}
-        views = pictures.views()
-        self.is_complete = views is not None
-        for start in range(0, len(views or ()), _ENCODE_BATCH):
-            chunk = (views or [])[start : start + _ENCODE_BATCH]
+        self.uncounted: list[str] = []
+        views: list[View] = []
+        for index, path in enumerate(pictures.paths):
+            own = pictures.views_of(index)
+            if own is None:
+                self.uncounted.append(path.name)
+            views += own or ()
+        for start in range(0, len(views), _ENCODE_BATCH):
+            chunk = views[start : start + _ENCODE_BATCH]
             posterior = self._encode(chunk)
             for row, view in enumerate(chunk):
                 self._stored[view] = Posterior(posterior.mean[row].cpu(), posterior.std[row].cpu())

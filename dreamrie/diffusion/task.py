@@ -74,6 +74,7 @@ class DreamBoothTask:
         num_validation_images: pictures for each of them; the seeds are the same at every step.
         inference_steps: denoising steps of a sample.
         guidance_scale: classifier-free guidance of a sample.
+        sample_batch_size: samples drawn at a time.
 
     Attributes:
         name: "dreambooth".
@@ -96,6 +97,7 @@ class DreamBoothTask:
         num_validation_images: int = 4,
         inference_steps: int = 25,
         guidance_scale: float = 7.5,
+        sample_batch_size: int = 4,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"--train_batch_size must be at least 1, got {batch_size}.")
@@ -120,6 +122,7 @@ class DreamBoothTask:
         self._num_validation_images = num_validation_images
         self._inference_steps = inference_steps
         self._guidance_scale = guidance_scale
+        self._sample_batch_size = sample_batch_size
         if gradient_checkpointing:
             components.unet.enable_gradient_checkpointing()
         self._caches = [LatentCache(components.vae, pictures) for pictures in concept.sets]
@@ -226,6 +229,7 @@ class DreamBoothTask:
             seeds * len(self._validation_prompts),
             steps=self._inference_steps,
             guidance_scale=self._guidance_scale,
+            batch_size=self._sample_batch_size,
         )
         directory.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures):
@@ -269,12 +273,16 @@ class DreamBoothTask:
     def _free_encoders(self) -> None:
         """Move what training no longer needs off the accelerator; sampling brings it back for a moment."""
         self.components.text_encoder.to("cpu")
-        if all(cache.is_complete for cache in self._caches):
+        uncounted = [name for cache in self._caches for name in cache.uncounted]
+        if not uncounted:
             self.components.vae.to("cpu")
-        else:
-            _log.info(
-                "random crops cannot be cached, so the VAE stays: --center_crop would free it"
-            )
+            return
+        _log.info(
+            "random crops of pictures that are not square (%d, such as %s) cannot be cached, so the VAE stays and "
+            "encodes them at every step: --center_crop would free it",
+            len(uncounted),
+            uncounted[0],
+        )
 
 
 def denoising_target(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dreamrie.diffusion.pipeline import encode_posterior
 from tests.diffusion.test_task import make_task
+from tests.small_models import write_pictures
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -48,6 +50,29 @@ def test_random_crops_are_encoded_on_demand(tmp_path: Path) -> None:
         wanted = encode_posterior(task.components.vae, pictures.pixels(view)[None]).mean
         assert float((task.batch(step, 0).latents - wanted).abs().max()) < 1e-5
     assert len(lefts) > 1
+
+
+def test_one_wide_photo_does_not_disable_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Square pictures are encoded once; the wide one at every step, and the log names it and the remedy."""
+    write_pictures(tmp_path, 3, 64)
+    Image.new("RGB", (96, 64)).save(tmp_path / "wide.png")
+    encoded: list[int] = []
+
+    def counted(vae: Any, pixels: Tensor) -> Any:
+        encoded.append(len(pixels))
+        return encode_posterior(vae, pixels)
+
+    monkeypatch.setattr("dreamrie.diffusion.cache.encode_posterior", counted)
+    with caplog.at_level(logging.INFO, "dreamrie"):
+        task = make_task(kind="tiny-vae", prior=False, folder=tmp_path, batch_size=1)
+    assert encoded == [3]
+    assert "random crops of pictures that are not square (1, such as wide.png)" in caplog.text
+    assert "--center_crop" in caplog.text
+    names = [task.batch(step, 0).names[0] for step in range(1, 9)]
+    assert names.count("wide.png") == 2
+    assert encoded == [3, 1, 1]
 
 
 def test_the_vae_is_asked_once_when_views_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:

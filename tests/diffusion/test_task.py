@@ -314,6 +314,30 @@ def test_validation_writes_the_same_seeds_at_every_step(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_samples_are_drawn_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch of samples is bounded by its own setting, and changes no picture."""
+    sizes: list[int] = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        sizes.append(options["batch_size"])
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(task_module, "sample", noted)
+    sheets = []
+    for size in (1, 3):
+        task = make_task(
+            prior=False,
+            validation_prompts=["a tree"],
+            num_validation_images=3,
+            inference_steps=2,
+            sample_batch_size=size,
+        )
+        task.validate(0, tmp_path / str(size))
+        sheets.append(np.asarray(Image.open(tmp_path / str(size) / "step-000000.png"), dtype=int))
+    assert sizes == [1, 3]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+
+
 def test_samples_of_step_zero_are_the_base_models(tmp_path: Path) -> None:
     """The anchored start changes nothing, so step 0 shows what the base model draws."""
     task = make_task(
