@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contracts.sources import ROOT, product_files
+from tests.contracts.sources import PACKAGE, ROOT, product_files
 from tests.contracts.test_counts import TESTS, functions_of
 
 METHOD = ROOT / "docs" / "method.md"
@@ -37,10 +37,7 @@ def test_each_cited_section_exists(path: Path) -> None:
     """A section that is cited can be read, and so can every other page that is."""
     text = path.read_text("utf-8")
     assert cited(text) - set(headings()) == set()
-    if "dreamrie" in path.parts[len(ROOT.parts) :] or path.parent.name in {
-        "properties",
-        "reference",
-    }:
+    if path.is_relative_to(PACKAGE) or path.parent.name in {"properties", "reference"}:
         pages = set(_OTHER_PAGES.findall(text))
         assert {page for page in pages if not (ROOT / page).is_file()} == set()
 
