@@ -34,9 +34,9 @@ def write_atomic(path: Path, content: bytes) -> None:
         # mkstemp gives a file that its owner alone may read.
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
+        # After the rename it is no longer there.
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
