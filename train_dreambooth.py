@@ -3,7 +3,7 @@
     python train_dreambooth.py --instance_data_dir FOLDER --instance_prompt "a photo of a sks dog"
 
 `--help` lists every setting; `--dry-run` checks all of them, and every file, without training.
-Exit code: 0 done, 2 something given cannot work, 1 the training failed, 130 stopped by Ctrl-C.
+Exit code: 0 done, 2 something given cannot work, 1 the training failed, 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.images import check_images
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS
-from dreamrie.diffusion.prior import ensure_class_images, own_class_images
+from dreamrie.diffusion.prepare import check_request, class_pictures, explain, run_facts
 from dreamrie.diffusion.task import DreamBoothTask
 from dreamrie.errors import DreamrieError
 from dreamrie.loi import locally_optimal_init
 from dreamrie.lora import attach_lora
-from dreamrie.optimizers import build_optimizer, describe_optimizer, trained_numbers
+from dreamrie.optimizers import build_optimizer
 from dreamrie.runlog import RunLog, check_output_dir, exit_code, start_logging
-from dreamrie.trainer import LoopSettings, make_accelerator, train
+from dreamrie.trainer import LoopSettings, make_accelerator, sigterm_as_ctrl_c, train
 
 logger = logging.getLogger("dreamrie.train_dreambooth")
 
 
 def build_task(config: TrainConfig, device: torch.device, processes: int) -> DreamBoothTask:
-    """Check every picture, load the model, put adapters on its attention layers."""
+    """Check every picture and setting, load the model, put adapters on its attention layers."""
     data, prior, checks, seed = config.data, config.prior, config.validation, config.schedule.seed
     check_output_dir(config.output.output_dir, config.output.report_to == "tensorboard")
     check_images(data.instance_data_dir)
@@ -41,26 +41,20 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
     components = load_components(
         name, revision=model.revision, variant=model.variant, device=device
     )
-    class_images, folder, count = [], prior.class_data_dir, prior.num_class_images
-    if prior.with_prior_preservation and config.run.dry_run:
-        class_images = own_class_images(folder)[:count]
-    elif prior.with_prior_preservation:
-        size = prior.sample_batch_size
-        class_images = ensure_class_images(
-            components, prior.class_prompt, folder, count, seed=seed, batch_size=size
-        )
-    concept = ConceptSet(
-        data.instance_data_dir,
-        data.instance_prompt,
-        resolution=data.resolution or components.resolution,
-        center_crop=data.center_crop,
-        random_flip=data.random_flip,
-        class_images=class_images,
-        class_prompt=prior.class_prompt,
-    )
+    # What can be refused is refused before the class pictures, which may take minutes.
     generator, init = torch.Generator().manual_seed(seed), config.adapter.attach_init
     rank, unet = config.adapter.rank, components.unet
     pairs = attach_lora(unet, rank, ATTENTION_TARGETS, init=init, generator=generator)
+    resolution = check_request(components, config)
+    concept = ConceptSet(
+        data.instance_data_dir,
+        data.instance_prompt,
+        resolution=resolution,
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        class_images=class_pictures(components, config),
+        class_prompt=prior.class_prompt,
+    )
     return DreamBoothTask(
         components,
         pairs,
@@ -79,8 +73,10 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
 
 def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer, str]:
     """Move the adapters to their start; returns their optimizer, and how the start went."""
-    adapter, settings, summary = config.adapter, config.optimizer, config.adapter.init
+    adapter, settings, summary = config.adapter, config.optimizer, str(config.adapter.init)
     if adapter.init == "loi":
+        count, size = adapter.loi_batches, config.data.train_batch_size
+        logger.info("LOI: gradient of %d batches of %d pictures ...", count, size)
         summary = locally_optimal_init(
             task.model,
             task.pairs,
@@ -96,39 +92,23 @@ def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer,
     return build_optimizer(name, task.pairs, lr=lr, weight_decay=decay, momentum=beta), summary
 
 
-def explain(config: TrainConfig, task: DreamBoothTask) -> str:
-    """What a run with these settings would do, as YAML with remarks."""
-    components, pictures = task.components, len(task.concept.instance)
-    steps, samples = config.schedule.max_train_steps, config.samples_per_step()
-    name = config.optimizer.optimizer
-    lines = [f"  {pair.name} ({pair.out} x {pair.in_}), rank {pair.rank}" for pair in task.pairs]
-    lines += [
-        f"base model: {components.source.resolved}, {components.prediction_type}",
-        f"adapters: {len(task.pairs)} layers, {trained_numbers(name, task.pairs):,} trainable parameters",
-        f"optimizer: {describe_optimizer(name, task.pairs)}",
-        f"pictures: {pictures}, all readable, used at {task.concept.resolution} px",
-        f"length: {steps} steps of {samples} pictures = {steps * samples / pictures:.1f} epochs",
-    ]
-    return to_yaml(config) + "\n" + "\n".join(f"# {line}" for line in lines)
-
-
 def run(config: TrainConfig, command: Sequence[str]) -> bool:
     """Train, or only say what training would do; returns whether it came to its end."""
     accelerator = make_accelerator(config.schedule.mixed_precision)
     with accelerator.main_process_first():  # it makes the class pictures that the others find
         task = build_task(config, accelerator.device, accelerator.num_processes)
+    config = config.with_resolution(task.concept.resolution)
     if config.run.dry_run:
         print(explain(config, task))
         return True
-    method = describe_optimizer(config.optimizer.optimizer, task.pairs)
-    facts = {"base_model": vars(task.components.source), "optimizer": method}
+    facts = run_facts(config, task)
     optimizer, facts["initialization"] = start_adapter(config, task)
     folder = config.output.output_dir if accelerator.is_main_process else None
     board = config.output.logging_dir if config.output.report_to == "tensorboard" else None
     with RunLog(folder, config.schedule.max_train_steps, tensorboard_dir=board) as log:
         log.manifest(to_yaml(config), command, {"run": config.schedule.seed}, facts)
         result = train(task, optimizer, LoopSettings(**config.loop_values()), log, accelerator)
-    if folder:
+    if folder and result.saved:
         logger.info("%d steps in %.0f s; adapter in %s", result.steps, result.seconds, folder)
     return not result.interrupted
 
@@ -138,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     start_logging(verbose := is_verbose(argv))
     try:
-        return 0 if run(parse_config(argv), argv) else 130
+        with sigterm_as_ctrl_c():
+            return 0 if run(parse_config(argv), argv) else 130
     except (DreamrieError, KeyboardInterrupt) as error:
         return exit_code(error, verbose)
 

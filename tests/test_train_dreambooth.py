@@ -25,6 +25,7 @@ import train_dreambooth
 from dreamrie.config import parse_config
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.pipeline import sample
+from dreamrie.diffusion.prior import ensure_class_images
 from dreamrie.diffusion.streams import derive_seed
 from dreamrie.diffusion.task import DreamBoothTask
 from tests.contracts.sources import ROOT
@@ -127,6 +128,9 @@ def test_a_run_leaves_everything_needed_to_use_and_repeat_it(
     assert record["optimizer"] == "riemannion"
     assert "LOI" in record["initialization"]
     assert record["base_model"]["requested"].endswith("model")
+    assert record["prediction_type"] == "epsilon"
+    assert record["pictures"] == {"concept": ["0.png", "1.png", "2.png"]}
+    assert "resolution: 64\n" in (run / "config.yaml").read_text()  # it was left to the model
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert moved(run) > 1e-3
     # The recorded settings are a --config that gives the same adapter, byte for byte.
@@ -138,6 +142,10 @@ def test_a_run_leaves_everything_needed_to_use_and_repeat_it(
     assert (other / ADAPTER).read_bytes() == first
     assert train_dreambooth.main(["--config", str(recorded), "--seed", "1"]) == 0
     assert (run / ADAPTER).read_bytes() != first
+    # The run that was there before is whole, in a folder of its own.
+    older = run / "previous-1"
+    assert (older / ADAPTER).read_bytes() == first
+    assert {path.relative_to(older).as_posix() for path in older.rglob("*.*")} == names
 
 
 def test_the_file_does_in_plain_diffusers_what_the_trainer_showed(
@@ -191,8 +199,40 @@ def test_prior_preservation_makes_the_missing_class_pictures(
     assert command(*flags, "--num_class_images", 3, "--max_train_steps", 2) == 0
     assert [path.stat().st_mtime_ns for path in made] == stamps
     with_prior = metrics(tmp_path / "run")[0]["loss"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["pictures"]["class"] == [path.name for path in made]
     assert command("--max_train_steps", 2, out="without") == 0
     assert with_prior != metrics(tmp_path / "without")[0]["loss"]
+
+
+def test_class_pictures_are_those_of_the_bare_base_model(
+    command: Command, tmp_path: Path, model: Path
+) -> None:
+    """Whatever the start of the adapter that is already attached while they are made."""
+    flags = ("--with_prior_preservation", "--class_prompt", "a disc", "--num_class_images", 2)
+    flags = (*flags, "--class_data_dir", tmp_path / "class", "--max_train_steps", 1)
+    assert command(*flags, "--init", "pissa", "--loi_batches", None) == 0
+    bare = ensure_class_images(load_components(model), "a disc", tmp_path / "bare", 2)
+    made = sorted((tmp_path / "class").rglob("*.png"))
+    assert [path.read_bytes() for path in made] == [path.read_bytes() for path in bare]
+    assert moved(tmp_path / "run") > 1e-5  # the adapter was switched on again
+
+
+def test_the_slow_parts_are_announced(
+    command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ("--with_prior_preservation", "--class_prompt", "a disc", "--num_class_images", 1)
+    flags = (*flags, "--class_data_dir", tmp_path / "class", "--validation_prompt", PROMPT)
+    assert command(*flags, "--max_train_steps", 1) == 0
+    starts = [
+        next(place for place, message in enumerate(caplog.messages) if words in message)
+        for words in (
+            "making 1 of 1 class pictures",
+            "LOI: gradient of 2 batches of 2 pictures",
+            "Samples before training",
+        )
+    ]
+    assert starts == sorted(starts)
 
 
 def test_tensorboard_on_request(command: Command, tmp_path: Path) -> None:
@@ -216,6 +256,76 @@ def test_a_loss_that_is_never_finite_ends_the_run(
     assert not (tmp_path / "run" / ADAPTER).exists()
 
 
+def test_samples_that_cannot_be_written_cost_no_training(
+    command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").write_text("a file where the folder would be")
+    assert command("--validation_prompt", PROMPT) == 0
+    failures = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert [text.split(" could")[0] for text in failures] == [
+        "Samples of step 0",
+        "Samples of step 4",
+    ]
+    assert moved(tmp_path / "run") > 1e-3
+
+
+def test_an_adapter_that_cannot_be_written_is_a_failed_training(
+    command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dreamrie.adapter_file.write_atomic", full)
+    assert command("--max_train_steps", 1) == 1
+    assert "No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_the_first_step_saves_nothing_and_says_so(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    real = DreamBoothTask.validate
+
+    def stopped(task: DreamBoothTask, step: int, directory: Path) -> dict[str, float]:
+        os.kill(os.getpid(), number)
+        return real(task, step, directory)
+
+    monkeypatch.setattr(DreamBoothTask, "validate", stopped)
+    before = signal.getsignal(number)
+    assert command("--validation_prompt", PROMPT) == 130
+    assert "stopped; nothing was saved" in caplog.messages
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "adapter in" not in caplog.text
+    assert not (tmp_path / "run" / ADAPTER).exists()
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_training_saves_nothing_and_says_so(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    """While the locally optimal start is computed."""
+
+    def stopped(task: DreamBoothTask, count: int) -> list[object]:
+        os.kill(os.getpid(), number)
+        signal.pause()
+        return []
+
+    monkeypatch.setattr(DreamBoothTask, "loi_batches", stopped)
+    assert command() == 130
+    assert caplog.messages[-1] == "stopped; nothing was saved"
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------- dry run
 
 
@@ -237,6 +347,37 @@ def test_a_dry_run_tells_all_and_writes_nothing(
     (tmp_path / "printed.yaml").write_text(text, encoding="utf-8")
     printed = parse_config(["--config", str(tmp_path / "printed.yaml")])
     assert (printed.schedule.max_train_steps, printed.adapter.rank) == (30, 2)
+
+
+def test_a_dry_run_counts_class_pictures_and_makes_none(
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept = make_folder(tmp_path / "class")
+    Image.new("RGB", (64, 64), "red").save(kept / "own.png")
+    flags = ("--dry-run", "--with_prior_preservation", "--class_prompt", "a disc")
+    assert command(*flags, "--class_data_dir", kept, "--num_class_images", 5) == 0
+    text = capsys.readouterr().out
+    assert f"prior preservation: 1 own class pictures in {kept}, 4 more made" in text
+    assert "for 'a disc'" in text
+    assert [path.name for path in kept.rglob("*")] == ["own.png"]
+    (kept / "own.png").unlink()
+    assert command(*flags, "--class_prompt", "disc " * 99, "--class_data_dir", kept) == 0
+    assert "--class_prompt has 101 tokens" in caplog.text
+    capsys.readouterr()
+    assert command("--dry-run") == 0
+    assert "prior preservation: off" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_where_an_older_run_would_go(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--max_train_steps", 1) == 0
+    assert command("--dry-run") == 0
+    assert "moved to " + str(tmp_path / "run" / "previous-1") in capsys.readouterr().out
+    assert not (tmp_path / "run" / "previous-1").exists()
 
 
 def test_the_trainable_parameters_of_a_dry_run(
@@ -275,6 +416,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+PRIOR = ("--with_prior_preservation", "--class_prompt", "a disc")
 BAD_INPUT = {
     "missing folder": (lambda d: ["--instance_data_dir", d / "absent"], ["absent"]),
     "empty folder": (lambda d: ["--instance_data_dir", make_folder(d / "empty")], ["empty"]),
@@ -302,10 +444,25 @@ BAD_INPUT = {
         lambda d: ["--output_dir", make_file(d / "up") / "out"],
         ["out", "is a file"],
     ),
-    "start below ten steps": (lambda _: ["--start_scale", 1e-6], ["1e-06", "learning_rate|lr"]),
+    "start below ten steps": (
+        lambda _: ["--start_scale", 1e-6],
+        ["1e-06", "0.001", "--start_scale", "--learning_rate"],
+    ),
+    "rank too large, with class pictures to make": (
+        lambda d: [*PRIOR, "--class_data_dir", d / "class", "--rank", 999],
+        ["999", "rank"],
+    ),
+    "resolution, with class pictures to make": (
+        lambda d: [*PRIOR, "--class_data_dir", d / "class", "--resolution", 20],
+        ["20"],
+    ),
+    "class prompt without prior preservation": (
+        lambda _: ["--class_prompt", "a disc"],
+        ["class_prompt", "--with_prior_preservation"],
+    ),
     "class folder is a file": (
         lambda d: [
-            *("--with_prior_preservation", "--class_prompt", "a disc"),
+            *PRIOR,
             *("--class_data_dir", make_file(d / "class")),
         ],
         ["class"],
@@ -342,7 +499,13 @@ def test_bad_input_is_one_message_before_any_training(
 
 
 def test_a_dry_run_finds_bad_input_too(command: Command, tmp_path: Path) -> None:
-    for case in ("bad pictures", "wrong model path", "rank too large", "output is a file"):
+    for case in (
+        "bad pictures",
+        "wrong model path",
+        "rank too large",
+        "output is a file",
+        "start below ten steps",
+    ):
         assert command("--dry-run", *BAD_INPUT[case][0](tmp_path)) == 2
 
 

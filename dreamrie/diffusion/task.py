@@ -101,7 +101,7 @@ class DreamBoothTask:
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"--train_batch_size must be at least 1, got {batch_size}.")
-        _check_resolution(components, concept.resolution)
+        check_resolution(components, concept.resolution)
         for flag, prompts in (
             ("--instance_prompt", [concept.instance.prompt]),
             ("--class_prompt", [concept.prior.prompt] if concept.prior else []),
@@ -307,8 +307,16 @@ def denoising_target(
     return noise
 
 
-def _check_resolution(components: Components, resolution: int) -> None:
-    """The U-Net halves the latents several times; a side that does not divide fails deep inside."""
+def check_resolution(components: Components, resolution: int) -> None:
+    """Refuse a side that the U-Net cannot halve as often as it does; it would fail deep inside.
+
+    Args:
+        components: the model.
+        resolution: side of the training squares, in pixels.
+
+    Raises:
+        ConfigError: it does not divide.
+    """
     unit = components.scale_factor * 2 ** (len(components.unet.config.block_out_channels) - 1)
     if resolution % unit:
         raise ConfigError(

@@ -1,0 +1,130 @@
+"""Before a training: check what needs the model, get the class pictures, say what the run would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dreamrie.config import TrainConfig, to_yaml
+from dreamrie.diffusion.pipeline import Components, check_prompt
+from dreamrie.diffusion.prior import ensure_class_images, own_class_images
+from dreamrie.diffusion.task import DreamBoothTask, check_resolution
+from dreamrie.optimizers import describe_optimizer, trained_numbers
+from dreamrie.runlog import folder_for_older_run
+
+
+def check_request(components: Components, config: TrainConfig) -> int:
+    """Check resolution and prompts against the model, before minutes are spent on class pictures.
+
+    Args:
+        components: the model.
+        config: settings of the run.
+
+    Returns:
+        Side of the training pictures in pixels: as given, else the model's own.
+
+    Raises:
+        ConfigError: the U-Net cannot take the resolution, or the text encoder a prompt.
+    """
+    resolution = config.data.resolution or components.resolution
+    check_resolution(components, resolution)
+    if config.prior.with_prior_preservation:  # without, the task checks them a moment later
+        prompts = [("--instance_prompt", config.data.instance_prompt)]
+        prompts += [("--class_prompt", config.prior.class_prompt or "")]
+        prompts += [("--validation_prompt", text) for text in config.validation.validation_prompt]
+        for flag, prompt in prompts:
+            check_prompt(components.tokenizer, prompt, flag)
+    return resolution
+
+
+def class_pictures(components: Components, config: TrainConfig) -> list[Path]:
+    """Pictures of the class for prior preservation; a dry run makes none.
+
+    Args:
+        components: the model, its U-Net with adapters attached.
+        config: settings of the run.
+
+    Returns:
+        Their paths; none without prior preservation.
+
+    Raises:
+        ConfigError: the folder cannot hold pictures.
+    """
+    prior, folder = config.prior, config.prior.class_data_dir
+    if not prior.with_prior_preservation or folder is None:
+        return []
+    if config.run.dry_run:
+        return own_class_images(folder)[: prior.num_class_images]
+    # A start without change is zero but for rounding, and other runs use these pictures too.
+    components.unet.disable_adapters()
+    try:
+        return ensure_class_images(
+            components,
+            prior.class_prompt or "",
+            folder,
+            prior.num_class_images,
+            seed=config.schedule.seed,
+            batch_size=prior.sample_batch_size,
+        )
+    finally:
+        components.unet.enable_adapters()
+
+
+def run_facts(config: TrainConfig, task: DreamBoothTask) -> dict[str, Any]:
+    """What decides the result beside the settings: model, method, pictures.
+
+    Args:
+        config: settings of the run.
+        task: ready to train.
+
+    Returns:
+        For `RunLog.manifest`.
+    """
+    sets = zip(("concept", "class"), task.concept.sets, strict=False)
+    return {
+        "base_model": vars(task.components.source),
+        "prediction_type": task.components.prediction_type,
+        "optimizer": describe_optimizer(config.optimizer.optimizer, task.pairs),
+        "pictures": {kind: [path.name for path in pictures.paths] for kind, pictures in sets},
+    }
+
+
+def explain(config: TrainConfig, task: DreamBoothTask) -> str:
+    """Say what a run with these settings would do.
+
+    Args:
+        config: settings of the run.
+        task: made from them in a dry run.
+
+    Returns:
+        YAML that is itself a valid --config, with remarks.
+    """
+    components, pictures = task.components, len(task.concept.instance)
+    steps, samples = config.schedule.max_train_steps, config.samples_per_step()
+    name, folder = config.optimizer.optimizer, config.output.output_dir
+    numbers = trained_numbers(name, task.pairs)
+    lines = [f"  {pair.name} ({pair.out} x {pair.in_}), rank {pair.rank}" for pair in task.pairs]
+    lines += [
+        f"base model: {components.source.resolved}, {components.prediction_type}",
+        f"adapters: {len(task.pairs)} layers, {numbers:,} trainable parameters",
+        f"optimizer: {describe_optimizer(name, task.pairs)}",
+        f"pictures: {pictures}, all readable, used at {task.concept.resolution} px",
+        f"prior preservation: {_explain_prior(config, task)}",
+        f"length: {steps} steps of {samples} pictures = {steps * samples / pictures:.1f} epochs",
+    ]
+    older = folder_for_older_run(folder)
+    if older is not None:
+        lines.append(f"{folder} holds an older run, which would be moved to {older}")
+    return to_yaml(config) + "\n" + "\n".join(f"# {line}" for line in lines)
+
+
+def _explain_prior(config: TrainConfig, task: DreamBoothTask) -> str:
+    """The class pictures of a dry run in words."""
+    prior = config.prior
+    if not prior.with_prior_preservation:
+        return "off"
+    own = 0 if task.concept.prior is None else len(task.concept.prior)
+    return (
+        f"{own} own class pictures in {prior.class_data_dir}, {prior.num_class_images - own} more "
+        f"made by the base model for {prior.class_prompt!r} (those of an earlier run are used again)"
+    )
