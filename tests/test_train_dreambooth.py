@@ -316,8 +316,7 @@ def test_a_stop_before_training_saves_nothing_and_says_so(
     """While the locally optimal start is computed."""
 
     def stopped(task: DreamBoothTask, count: int) -> list[object]:
-        os.kill(os.getpid(), number)
-        signal.pause()
+        signal.raise_signal(number)
         return []
 
     monkeypatch.setattr(DreamBoothTask, "loi_batches", stopped)

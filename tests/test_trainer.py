@@ -264,8 +264,7 @@ def test_a_run_of_skipped_steps_alone_is_a_failed_training(tmp_path: Path) -> No
 def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c():
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -121,8 +121,8 @@ class AdapterSettings(Group):
         None,
         description="start of the adapter. loi: locally optimal, from gradients; orthonormal: "
         "random; pissa, olora: as in PEFT, over an untouched base; default, gaussian, "
-        "orthogonal: PEFT's starts with zero change, not for riemannion. Default: loi with "
-        "riemannion; default, which is the usual LoRA, with every other optimizer",
+        "orthogonal: PEFT's starts with zero change, not for riemannion. When left out: loi with "
+        "riemannion, else the start called default, which is the usual LoRA",
     )
     start_scale: float | None = Field(
         None,
@@ -305,7 +305,8 @@ class TrainConfig(Group):
 
     def idle(self) -> dict[str, str]:
         """Settings that do nothing because of another one; name to the flag that would change that."""
-        name, found = self.optimizer.optimizer, {}
+        name = self.optimizer.optimizer
+        found: dict[str, str] = {}
         if not self.prior.with_prior_preservation:
             found |= dict.fromkeys(PRIOR_ONLY, "--with_prior_preservation")
         if (self.adapter.init or usual_init(name)) != "loi":

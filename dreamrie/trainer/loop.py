@@ -158,7 +158,8 @@ class _Loop:
     def validate(self, step: int) -> None:
         """Samples and scores of the present model; a disk that takes no picture does not end a training."""
         if self.log.output_dir is not None:
-            folder, scores = self.log.output_dir / "samples", {}
+            folder = self.log.output_dir / "samples"
+            scores: dict[str, float] = {}
             if step == 0:
                 logger.info("Samples before training, into %s ...", folder)
             try:
