@@ -88,7 +88,7 @@ def check_options(options: dict[str, Any]) -> None:
         ("lr", 0.0, math.inf, "a number >= 0 or a one-element tensor"),
         ("momentum", 0.0, 1.0, "in [0, 1)"),
         ("weight_decay", 0.0, math.inf, "a number >= 0"),
-        ("sigma_floor", 1e-300, math.inf, "a number > 0"),
+        ("sigma_floor", 1e-30, math.inf, "a number >= 1e-30"),
         ("inner_iters", 1, math.inf, "an integer >= 1"),
         ("max_consecutive_skips", 1, math.inf, "an integer >= 1"),
     ):
@@ -131,6 +131,11 @@ def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> Non
                 position = 2 * layer.index + int(factor.is_right)
                 entry = state_dict["state"].get(saved["params"][position], {})
                 for name in ("basis", "momentum"):
+                    if entry and name not in entry:
+                        raise ConfigError(
+                            f"Riemannion: the saved state of {layer.name} has {sorted(entry)} and no {name!r}: it is "
+                            "another optimizer's. Load the state that Riemannion.state_dict() gave."
+                        )
                     if name in entry and tuple(entry[name].shape) != (factor.rows, layer.rank):
                         raise ConfigError(
                             f"Riemannion: saved {name} of {layer.name} is {tuple(entry[name].shape)}, needed is "

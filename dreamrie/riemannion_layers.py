@@ -311,7 +311,8 @@ def enter_point(layers: list[Layer]) -> Point:
     tall, short = stack_trained(layers)
     dtype = _entry_dtype(tall)
     tall_wide, short_wide = tall.to(dtype), short.to(dtype)
-    _check_rank(layers, (tall_wide, short_wide), torch.finfo(tall.dtype).eps)
+    # Not the precision of the factors: in bf16, sound columns of a high rank come closer to each other than that.
+    _check_rank(layers, (tall_wide, short_wide), torch.finfo(working_dtype(tall.dtype)).eps)
     return point_from_factors(tall_wide * scaling_of(layers, dtype).unsqueeze(-1), short_wide)
 
 

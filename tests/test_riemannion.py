@@ -325,6 +325,36 @@ def test_state_of_other_layers_is_refused() -> None:
         )
 
 
+def test_state_of_another_optimizer_is_refused() -> None:
+    """AdamW's state over the same factors is named as such; nothing is loaded."""
+    _, pairs = stepped()
+    other = torch.optim.AdamW([p for pair in pairs for p in (pair.left, pair.right)], lr=0.5)
+    for group in other.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    other.step()
+    fresh = Riemannion(pairs)
+    with pytest.raises(ConfigError, match="another optimizer"):
+        fresh.load_state_dict(other.state_dict())
+    assert not fresh.state
+    assert fresh.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("rank", [32, 128])
+def test_sound_bf16_adapters_of_high_rank_are_points(rank: int) -> None:
+    """Columns closer to each other than bf16 resolves are still independent; a step is taken."""
+    left = torch.randn(160, rank, generator=torch.Generator().manual_seed(1))
+    pair = make_pair(Layer(160, 150, rank, 0.5), 0, torch.bfloat16, 1.0)
+    with torch.no_grad():
+        pair.left[:, :rank] = left.to(torch.bfloat16)
+    before = pair.left.detach().clone()
+    pair.left.grad, pair.right.grad = torch.ones_like(pair.left), torch.ones_like(pair.right)
+    optimizer = Riemannion([pair], lr=1.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert (pair.left.float() - before.float()).abs().max() > 0.1
+
+
 def test_load_hooks_of_others_are_kept() -> None:
     """User hooks around loading may change the input and see the final state."""
     optimizer, pairs = stepped()
