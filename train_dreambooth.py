@@ -68,6 +68,7 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
         num_validation_images=checks.num_validation_images,
         inference_steps=checks.num_inference_steps,
         guidance_scale=checks.guidance_scale,
+        sample_batch_size=prior.sample_batch_size,
     )
 
 

@@ -108,7 +108,9 @@ class PriorSettings(Group):
     class_prompt: Text | None = Field(None, description='names the class: "a photo of a dog"')
     prior_loss_weight: Amount = Field(1.0, description="weight of the class pictures in the loss")
     num_class_images: Count = Field(100, description="how many class pictures to use")
-    sample_batch_size: Count = Field(4, description="class pictures made at a time")
+    sample_batch_size: Count = Field(
+        4, description="class pictures, or samples of a validation, made at a time"
+    )
 
 
 class AdapterSettings(Group):
