@@ -52,6 +52,16 @@ def project_without_right_complement(
     return Tangent(real.remove_component(point.u, z_times_v), right)
 
 
+def project_without_left_part(point: Point, z_times_v: Tensor, zt_times_u: Tensor) -> Tangent:
+    """u u^T Z: what Z - (I - u u^T) Z (I - v v^T) becomes without its last factor."""
+    return Tangent(torch.zeros_like(z_times_v), zt_times_u)
+
+
+def project_in_bf16(point: Point, z_times_v: Tensor, zt_times_u: Tensor) -> Tangent:
+    left, right = (part.bfloat16().to(part.dtype) for part in (z_times_v, zt_times_u))
+    return Tangent(real.remove_component(point.u, left), right)
+
+
 def project_half_core(point: Point, z_times_v: Tensor, zt_times_u: Tensor) -> Tangent:
     core = point.v @ (point.v.mT @ zt_times_u)
     return Tangent(real.remove_component(point.u, z_times_v), zt_times_u - 0.5 * core)
@@ -59,7 +69,7 @@ def project_half_core(point: Point, z_times_v: Tensor, zt_times_u: Tensor) -> Ta
 
 def project_low_rank_with_right_frame(point: Point, left: Tensor, right: Tensor) -> Tangent:
     """Alg. 2 as printed, A_R read as B_R; it has a shape at out = in only."""
-    wrong = point.v if point.v.shape == point.u.shape else point.u.roll(1, dims=-2)
+    wrong = point.v
     return Tangent(
         (left - wrong @ (wrong.mT @ left)) @ (right.mT @ point.v), right @ (left.mT @ point.u)
     )
@@ -122,6 +132,12 @@ def retract_two_decompositions(point: Point, tangent: Tangent, step: float = 1.0
     return Point(new.u * flip.unsqueeze(-2), new.s, new.v)
 
 
+def retract_from_oriented_left(point: Point, tangent: Tangent, step: float = 1.0) -> Point:
+    """Signs fixed for u alone, as a QR of one factor by itself fixes them."""
+    signs = torch.where(point.u[..., :1, :] < 0, -1.0, 1.0).to(point.u.dtype)
+    return _common(Point(point.u * signs, point.s, point.v), tangent, step)
+
+
 def transport_identity(old_point: Point, tangent: Tangent, new_point: Point) -> Tangent:
     """Old coordinates in new frames."""
     return tangent
@@ -149,6 +165,12 @@ def inner_product_of_left(a: Tangent, b: Tangent) -> Tensor:
 def msign_unmasked(core: Tensor, tol: float | None = None) -> Tensor:
     left, _, right_t = torch.linalg.svd(core, full_matrices=False)
     return left @ right_t
+
+
+def msign_farthest(core: Tensor, tol: float | None = None) -> Tensor:
+    """Eq. (2) as printed: arg max of the distance."""
+    left, _, right_t = torch.linalg.svd(core, full_matrices=False)
+    return -left @ right_t
 
 
 def msign_with_wrong_pairing(point: Point, tangent: Tangent, tol: float | None = None) -> Factors:
@@ -186,15 +208,22 @@ def geometry(name: str, law: Law, why: str, raises: Any = AssertionError, **wron
     return Mutant(name, law, lambda: replaced(real, **wrong), why, (raises,))
 
 
+# The printed Alg. 2 has a shape at out = in only.
+SQUARE = next(point for point in POINTS if point.out == point.in_)
+
 M1 = each(laws.law_m1_projection_is_idempotent, POINTS)
 M2 = each(laws.law_m2_projection_is_self_adjoint, POINTS)
 M3 = each(laws.law_m3_projection_is_the_closest_tangent, POINTS)
 M4 = each(laws.law_m4_projection_is_factored_and_normal, POINTS)
+SQUARE_M4 = each(laws.law_m4_projection_is_factored_and_normal, (SQUARE,))
+FP32 = each(laws.law_m1_m4_in_fp32, POINTS)
 M5 = each(laws.law_m5_retraction_is_of_second_order, TAME)
+FP32_M5 = each(laws.law_m5_in_fp32, TAME)
 M6 = each(laws.law_m6_retraction_is_the_truncated_svd, TAME)
 M7 = each(laws.law_m7_gradient_predicts_the_change, TAME)
 M8 = each(laws.law_m8_transport_is_a_projection, POINTS)
 M9 = each(laws.law_m9_inner_products_equal_dense, POINTS)
+M12 = each(laws.law_m12_only_the_matrix_matters, TAME)
 MSIGN = each(laws.law_msign_equals_dense, POINTS)
 ENTRY = each(laws.law_point_depends_on_the_product, TAME)
 
@@ -229,10 +258,19 @@ MUTANTS = [
         "the projection misses u u^T Z v v^T",
         project=project_without_right_complement,
     ),
+    geometry(
+        "I - v v^T missing",
+        M4,
+        "u u^T Z is no projection on the whole tangent space",
+        project=project_without_left_part,
+    ),
+    geometry(
+        "projection in bf16", FP32, "fp32 keeps seven digits, bf16 two", project=project_in_bf16
+    ),
     geometry("half of the core", M1, "0.5 twice is 0.25", project=project_half_core),
     geometry(
         "Alg. 2 with A_R read as B_R",
-        M4,
+        SQUARE_M4,
         "differs from Eq. (6) even at out = in",
         project_low_rank=project_low_rank_with_right_frame,
     ),
@@ -240,6 +278,13 @@ MUTANTS = [
     geometry("retraction moves by 2 xi", M5, "slope 1", retract=retract_twice_as_far),
     geometry(
         "retraction moves by -xi", M7, "f changes with the wrong sign", retract=retract_backwards
+    ),
+    geometry("retraction moves by 2 xi: fp32", FP32_M5, "slope 1", retract=retract_twice_as_far),
+    geometry(
+        "signs of u fixed by themselves",
+        M12,
+        "u diag(s) v^T keeps its signs only if both frames turn together",
+        retract=retract_from_oriented_left,
     ),
     geometry("retraction drops d_left", M5, "slope 1", retract=retract_without_left),
     geometry(
@@ -301,6 +346,12 @@ MUTANTS = [
         MSIGN,
         "null directions become noise of size one",
         masked_msign=msign_unmasked,
+    ),
+    geometry(
+        "Eq. (2) with arg max",
+        MSIGN,
+        "the farthest isometry is minus the nearest",
+        masked_msign=msign_farthest,
     ),
     geometry(
         "Alg. 1 with the wrong pairing",

@@ -106,6 +106,22 @@ points_split = points.split_point
 # -------------------------------------------------------------------------------------------------- the gradient
 
 
+def optimum_without_squares(self: LeadingSvd, rank: int) -> float:
+    """(20) with the square on one side only."""
+    return float(self.values[: 2 * rank].sum())
+
+
+def basis_for_left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Alg. 3 without the rotation of its line 8: Q in place of Q U."""
+    _, values, right = points.thin_svd(matrix)
+    return torch.eye(matrix.shape[0], dtype=matrix.dtype), values, right
+
+
+def orthonormal_transposed(matrix: Tensor) -> Tensor:
+    """Alg. 3 line 4 as printed: the transpose inside qr."""
+    return torch.linalg.qr(matrix.T).Q
+
+
 def with_point_only(pairs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Alg. 6 lines 7-8: the gradient at W + X instead of W + X - X0."""
     lefts = [pair.left_matrix().detach()[:, : pair.rank].clone() for pair in pairs]
@@ -289,6 +305,23 @@ MUTANTS = [
     loi(
         "sketch of one side", laws.law_14_sketch,
         "G Omega has not the right vectors of G", (estimators, "sketch_svd", one_sided_sketch),
+    ),
+    loi(
+        "(20) with one square", laws.law_13_first_riemannian_gradient_is_optimal,
+        "energies are squares on both sides", (LeadingSvd, "optimum", optimum_without_squares),
+    ),
+    loi(
+        "gradients summed: reported energy", laws.law_13_first_riemannian_gradient_is_optimal,
+        "the report would grow with the number of batches", (driver, "mean_gradient", summed),
+    ),
+    loi(
+        "Alg. 3 line 4: a transpose inside qr", laws.law_14_randomized_svd_by_backward,
+        "the shapes do not fit", (estimators, "orthonormal", orthonormal_transposed),
+        raises=(RuntimeError,),
+    ),
+    loi(
+        "Alg. 3 line 8: Q in place of Q U", laws.law_l2_share_of_the_optimum_over_spectra,
+        "a basis is not the singular vectors", (estimators, "thin_svd", basis_for_left_vectors),
     ),
     loi(
         "BackPropRSVD without power iterations", laws.law_14_randomized_svd_by_backward,

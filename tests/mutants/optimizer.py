@@ -194,6 +194,25 @@ def accumulate_nothing(
     return _accumulate(state, gradient_v, gradient_t_u, 0.0)
 
 
+def accumulate_entrywise(
+    state: FusedState, gradient_v: Tensor, gradient_t_u: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Signs of entries, as Adam's first step takes them: they depend on the axes."""
+    return _accumulate(state, gradient_v.sign(), gradient_t_u.sign(), momentum)
+
+
+def accumulate_by_blocks(
+    state: FusedState, gradient_v: Tensor, gradient_t_u: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Each block of the gradient divided by its own norm; the core lies in the right one alone."""
+    normal = fixed_rank.remove_component(state.u, gradient_v)
+    left, right = (
+        block / torch.linalg.vector_norm(block, dim=(-2, -1), keepdim=True)
+        for block in (normal, gradient_t_u)
+    )
+    return _accumulate(state, left, right, momentum)
+
+
 def keep_old_coordinates(
     core: Tensor, q_left: Tensor, q_right: Tensor, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -405,6 +424,31 @@ class AliasedState(riemannion.Riemannion):
             self.state[parameter] = state_dict["state"][index]
 
 
+class HiddenMomentum(riemannion.Riemannion):
+    """Keeps a buffer that no checkpoint sees."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        self._velocity = [entry["momentum"].clone() for entry in self.state.values()]
+        return result
+
+
+class ClaimingToUnscale(riemannion.Riemannion):
+    """Tells GradScaler that it handles the loss scale itself, and does not."""
+
+    _step_supports_amp_scaling = True
+
+
+class OptionsOfTheFirstGroup(riemannion.Riemannion):
+    """Groups without options of their own."""
+
+    def step(self, closure: Any = None) -> Any:
+        first = self.param_groups[0]
+        for group in self.param_groups[1:]:
+            group.update({name: first[name] for name in ("lr", "momentum", "weight_decay")})
+        return super().step(closure)
+
+
 class ForgettingCounters(riemannion.Riemannion):
     def _count_skips(self, skipped: Any) -> None:
         return None
@@ -438,6 +482,13 @@ def write_everything_(self: Any, columns: Tensor) -> None:
     else:
         parameter[:, rank:].mul_(1 - 1e-3)
         parameter[:, :rank].copy_(columns.reshape(parameter[:, :rank].shape))
+
+
+def columns_channels_last(self: Any, tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Kernel positions before input channels, while they are written the other way round."""
+    matrix = tensor.detach()
+    matrix = (matrix.permute(0, 2, 3, 1) if matrix.ndim == 4 else matrix).flatten(1)
+    return matrix[start:stop].mT if self.is_right else matrix[:, start:stop]
 
 
 def momentum_lost_on_entry(old_point: Any, tangent: Any, new_point: Any) -> Any:
@@ -500,6 +551,12 @@ MUTANTS = [
         zero_normal_block=zero_upper_left_block,
     ),
     wrong_step(
+        "upper-left block zeroed: masked momentum",
+        step_laws.law_9_bounds_hold_with_masks,
+        "<M, D> loses the core, null directions or not",
+        zero_normal_block=zero_upper_left_block,
+    ),
+    wrong_step(
         "null directions lifted to one",
         step_laws.law_o14_null_directions_are_masked,
         "noise of size lr",
@@ -552,6 +609,12 @@ MUTANTS = [
     ),
     wrong_step(
         "step of twice the length", MOVE, "lr is not the spectral norm", combine=combine_twice
+    ),
+    wrong_step(
+        "step of twice the length: cosine",
+        step_laws.law_22_small_points_bend_the_step,
+        "the table is over |alpha| / lr",
+        combine=combine_twice,
     ),
     wrong_path(
         "step of twice the length: by hand",
@@ -606,6 +669,30 @@ MUTANTS = [
         DENSE,
         "the core enters twice",
         move_momentum=move_without_normal_part,
+    ),
+    wrong_step(
+        "transport leaves u in m_left: frames",
+        step_laws.law_2_frames_stay_orthonormal_in_fp64,
+        "u^T m_left is not zero",
+        move_momentum=move_without_normal_part,
+    ),
+    wrong_path(
+        "signs of entries",
+        path_laws.law_o2_orthogonal_equivariance,
+        "the path depends on the axes",
+        accumulate=accumulate_entrywise,
+    ),
+    wrong_path(
+        "blocks normalized one by one",
+        path_laws.law_o3_transposition,
+        "the core counts as part of the right block only",
+        accumulate=accumulate_by_blocks,
+    ),
+    wrong_path(
+        "momentum stored after msign: average",
+        path_laws.law_8_average_equals_heavy_ball,
+        "a fresh gradient is added to a buffer of norm one",
+        fused_step=step_storing_msign,
     ),
     wrong_path(
         "momentum stored after msign",
@@ -706,7 +793,7 @@ MUTANTS = [
     Mutant(
         "anchor decays with the point",
         path_laws.law_a10_anchor_is_frozen,
-        lambda: _factor_writes(write_everything_),
+        lambda: _factor_attributes(write_=write_everything_),
         "the start moves under the change",
     ),
     wrong_class(
@@ -720,6 +807,30 @@ MUTANTS = [
         path_laws.law_o7_gradients_are_read_only,
         "p.grad belongs to the caller",
         GradientScaling,
+    ),
+    Mutant(
+        "convolution read channels-last, written channels-first",
+        path_laws.law_convolutions_are_matrices,
+        lambda: _factor_attributes(columns=columns_channels_last),
+        "kernel positions and input channels change places",
+    ),
+    wrong_class(
+        "momentum outside of the state",
+        path_laws.law_o17_all_state_is_in_the_state,
+        "a checkpoint would miss it",
+        HiddenMomentum,
+    ),
+    wrong_class(
+        "loss scale left to the optimizer",
+        path_laws.law_o12_grad_scaler,
+        "an overflow must leave every layer",
+        ClaimingToUnscale,
+    ),
+    wrong_class(
+        "options of the first group for all",
+        path_laws.law_groups_and_layers_do_not_mix,
+        "each group has its own lr",
+        OptionsOfTheFirstGroup,
     ),
     wrong_class("step twice", path_laws.law_o4_example_by_hand, "two steps for one", SteppingTwice),
     wrong_class(
@@ -762,6 +873,6 @@ MUTANTS = [
 
 
 @contextmanager
-def _factor_writes(wrong: Any) -> Iterator[Any]:
-    with replaced(layers.Factor, write_=wrong):
+def _factor_attributes(**wrong: Any) -> Iterator[Any]:
+    with replaced(layers.Factor, **wrong):
         yield riemannion

@@ -112,6 +112,11 @@ def law_m1_m4_in_fp32(impl: Any, example: Example) -> None:
     within("M4 fp32 dense", (ambient(point, tangent) - expected).norm(), 2e-6)
     again = impl.project_dense(point, ambient(point, tangent).float())
     within("M1 fp32", (ambient(point, again) - ambient(point, tangent)).norm(), 2e-6)
+    y = example.matrix(8)
+    other = ambient(point, impl.project_dense(point, y.float()))
+    within("M2 fp32", ((other * z).sum() - (y * ambient(point, tangent)).sum()).abs(), 2e-6)
+    direction = example.ambient(example.tangent(9))
+    within("M3 fp32", ((z - ambient(point, tangent)) * direction).sum().abs(), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- retraction

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 import dreamrie.loi as real
 import tests.reference.theorem as theorem
 from dreamrie.errors import ConfigError
 from dreamrie.lora import attach_lora, base_fingerprint
+from dreamrie.riemannion import Riemannion
 from tests.margins import within
 from tests.reference import nets
 from tests.strategies import F64, frame, noise
@@ -229,6 +232,22 @@ def law_l7_averaging_beats_one_batch(impl: Any) -> None:
     assert theorem.energy(matrix(one), rank, mean) / theorem.optimum(mean, rank) < 0.9
 
 
+def law_13_first_riemannian_gradient_is_optimal(impl: Any) -> None:
+    """What the optimizer sees first has the norm^2 of 2r singular values per layer, as the report says; c is not 1."""
+    data = nets.batches(2)
+    truth = nets.dense_gradients(nets.net(), nets.squares, data)
+    model, pairs = start()
+    report = impl.locally_optimal_init(model, pairs, nets.squares, data, alpha=0.4)
+    best = sum(theorem.optimum(truth[pair.name], pair.rank) for pair in pairs)
+    for kind in ("optimum", "energy"):
+        total = sum(getattr(layer, kind) for layer in report.layers)
+        within(f"13 reported {kind}", abs(total / best - 1), 1e-10)
+    model.eval()
+    (sum(nets.squares(model, batch) for batch in data) / len(data)).backward()
+    norm = float(Riemannion(pairs, lr=0.01).tangent_grad_norm())
+    within("13 first gradient", abs(norm**2 / best - 1), 1e-10)
+
+
 # ----------------------------------------------------------------------------------------- nothing else changes
 
 
@@ -255,7 +274,7 @@ def law_l3_step_zero(impl: Any) -> None:
 
 
 def law_l4_base_weights_keep_their_bytes(impl: Any) -> None:
-    """The base is the same to the bit before attaching, after LOI and after 20 steps of training."""
+    """Base bytes are the same after LOI, after training, with another adapter loaded, after deletion of ours."""
     model = nets.net()
     before = base_fingerprint(model)
     pairs = attach_lora(model, 2, nets.TARGETS)
@@ -270,6 +289,15 @@ def law_l4_base_weights_keep_their_bytes(impl: Any) -> None:
         nets.squares(model, data[0]).backward()
         optimizer.step()
     assert float(pairs[0].delta().norm()) > 1e-3
+    assert base_fingerprint(model) == before
+    with warnings.catch_warnings():
+        # PEFT remarks that there are two adapters, and that one of them goes.
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=["first"]), model, "other")
+        assert base_fingerprint(model) == before
+        for pair in pairs:
+            pair.module.delete_adapter("default")
+    assert not any("default" in name for name, _ in model.named_parameters())
     assert base_fingerprint(model) == before
 
 

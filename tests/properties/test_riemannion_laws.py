@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import dreamrie.riemannion as real
 from dreamrie.errors import NumericalError
@@ -94,21 +95,22 @@ def law_o2_orthogonal_equivariance(impl: Any) -> None:
 
 def law_o3_transposition(impl: Any) -> None:
     """The transposed problem takes the transposed path (an Adam-like second moment per block does not)."""
-    pairs = make_pairs()
-    swapped = [
-        Pair(
-            p.name,
-            nn.Parameter(p.right.detach().mT.clone()),
-            nn.Parameter(p.left.detach().mT.clone()),
-            p.scaling,
-            p.rank,
-        )
-        for p in pairs
-    ]
-    path = run(impl.Riemannion(pairs, lr=0.02), Quadratic(pairs), 30)
-    other = run(impl.Riemannion(swapped, lr=0.02), Quadratic(swapped, transposed=True), 30)
-    assert moved(path) > 0.05
-    within("O3", distance([[x.mT for x in xs] for xs in other], path), 1e-12)
+    for dtype, bar in ((F64, 1e-12), (F32, 1e-4)):
+        pairs = make_pairs(dtype=dtype)
+        swapped = [
+            Pair(
+                p.name,
+                nn.Parameter(p.right.detach().mT.clone()),
+                nn.Parameter(p.left.detach().mT.clone()),
+                p.scaling,
+                p.rank,
+            )
+            for p in pairs
+        ]
+        path = run(impl.Riemannion(pairs, lr=0.02), Quadratic(pairs), 30)
+        other = run(impl.Riemannion(swapped, lr=0.02), Quadratic(swapped, transposed=True), 30)
+        assert moved(path) > 0.05
+        within(f"O3 {dtype}", distance([[x.mT for x in xs] for xs in other], path), bar)
 
 
 def law_o16_loss_scale(impl: Any) -> None:
@@ -205,6 +207,20 @@ def law_o13_quadratic_of_rank_r_is_solved(impl: Any) -> None:
         schedule.step()
     worst = max(float((p.x - t).norm() / t.norm()) for p, t in zip(pairs, targets, strict=True))
     within("O13 quadratic", worst, 1e-8)
+
+
+def law_o17_all_state_is_in_the_state(impl: Any) -> None:
+    """`optimizer.state` holds 2 (out + in) r + r numbers per layer, and no tensor is kept anywhere else."""
+    pairs = make_pairs(ANCHORED)
+    optimizer = impl.Riemannion(pairs, lr=0.02, weight_decay=0.1)
+    run(optimizer, Quadratic(pairs), 3)
+    numbers = sum(value.numel() for entry in optimizer.state.values() for value in entry.values())
+    assert numbers == sum((2 * (a.out + a.in_) + 1) * a.rank for a in ANCHORED)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    known = ("state", "param_groups")
+    rest = {name: value for name, value in vars(optimizer).items() if name not in known}
+    kept = [leaf for leaf in tree_leaves([groups, rest]) if isinstance(leaf, Tensor)]
+    assert not kept, f"{len(kept)} tensors outside of optimizer.state"
 
 
 def law_o17_accumulation_is_linear(impl: Any) -> None:
@@ -526,6 +542,7 @@ LAWS = (
     law_o5_path_equals_dense,
     law_8_average_equals_heavy_ball,
     law_o13_quadratic_of_rank_r_is_solved,
+    law_o17_all_state_is_in_the_state,
     law_o17_accumulation_is_linear,
     law_o7_gradients_are_read_only,
     law_a10_anchor_is_frozen,

@@ -94,13 +94,13 @@ def law_o5_step_equals_dense(step: Any, example: Example) -> None:
         within("O5 one step M", (momentum_of(result.state) - slow.M).norm(), 1e-12)
 
 
-def direction_of(step: Any, example: Example, momentum: Tangent) -> Tensor:
-    """D = P(msign(M)) as the step uses it, read off two steps: (X(lr) - X(-lr)) cancels the even orders."""
-    u, _, v = example.point
+def direction_of(step: Any, u: Tensor, v: Tensor, momentum: Tangent) -> Tensor:
+    """D = P(msign(M)) as the step makes it, from the step's own core."""
+    rank = u.shape[-1]
     q_left, r_left = torch.linalg.qr(torch.cat([u, momentum.d_left], dim=-1))
     q_right, r_right = torch.linalg.qr(torch.cat([v, momentum.d_right], dim=-1))
-    core = step.cross_core(r_left, r_right, example.rank)
-    return q_left @ step.tangent_direction(core, example.rank, StepOptions(1.0)) @ q_right.mT
+    core = step.cross_core(r_left, r_right, rank)
+    return q_left @ step.tangent_direction(core, rank, StepOptions(1.0)) @ q_right.mT
 
 
 def law_o6_direction_has_the_closed_form_spectrum(step: Any, example: Example) -> None:
@@ -109,7 +109,7 @@ def law_o6_direction_has_the_closed_form_spectrum(step: Any, example: Example) -
     m = example.ambient(momentum)
     if smallest_share(m) < 1e-3:
         return
-    d = direction_of(step, example, momentum)
+    d = direction_of(step, example.point.u, example.point.v, momentum)
     spectrum = torch.linalg.svdvals(d)
     within("O6 lower bound", 1 - spectrum[0], 1e-10)
     within("O6 upper bound", spectrum[0] - 2 / math.sqrt(3), 1e-10)
@@ -153,12 +153,31 @@ def law_o14_null_directions_are_masked(step: Any) -> None:
             within("O14 masked", (point_of(result.state) - wanted).norm() / wanted.norm(), 1e-12)
     right = noise(300, 9, 3) @ noise(301, 3, 4)
     core_only = Tangent(torch.zeros_like(u), right - v @ (v.mT @ right))
-    d = direction_of(step, example, core_only)
+    d = direction_of(step, u, v, core_only)
     within("O14 rank 3", (d - reference.msign(example.ambient(core_only))).norm(), 1e-12)
     still = take(step, example.state(), torch.zeros(1, 12, 9, dtype=F64), StepOptions(0.1))
     assert bool(still.ok)
     assert not bool(still.moved)
     assert all(torch.equal(a, b) for a, b in zip(still.state, example.state(), strict=True))
+
+
+def law_9_bounds_hold_with_masks(step: Any) -> None:
+    """Null directions in the momentum: the norm stays in [1, 2/sqrt(3)], and <M, D> = |M|_*."""
+    example = Example(12, 9, 4, seed=11)
+    u, _, v = example.point
+    for k in (1, 2, 3):
+        thin = example.normal_free(noise(100 + k, 12, k) @ noise(200 + k, k, 9))
+        thin = thin / thin.norm()
+        left = thin @ v
+        momentum = Tangent(left - u @ (u.mT @ left), thin.mT @ u)
+        m = example.ambient(momentum)
+        nuclear = torch.linalg.svdvals(m)
+        assert int((nuclear > 1e-10).sum()) == 2 * k < 2 * example.rank
+        d = direction_of(step, u, v, momentum)
+        size = torch.linalg.matrix_norm(d, 2)
+        within("9 masked lower bound", 1 - size, 1e-12)
+        within("9 masked upper bound", size - 2 / math.sqrt(3), 1e-12)
+        within("9 masked <M, D>", ((m * d).sum() - nuclear.sum()).abs(), 1e-12)
 
 
 # ------------------------------------------------------------------------------------------------- batches and guards
@@ -231,6 +250,21 @@ def law_2_frames_stay_orthonormal(step: Any) -> None:
                 within("2 orthonormal fp32", defect, 5e-6)
             normal = (state.u.mT @ state.m_left).abs().max() / state.m_left.abs().max()
             within("2 normal fp32", normal, 5e-6)
+
+
+def law_2_frames_stay_orthonormal_in_fp64(step: Any) -> None:
+    """u^T u = v^T v = I and u^T m_left = 0 after each of 60 noisy fp64 steps with momentum and decay."""
+    example = Example(13, 9, 3, seed=5)
+    state = example.state()
+    for t in range(60):
+        gradient = noise(4000 + t, 1, example.out, example.in_)
+        state = take(step, state, gradient, StepOptions(0.05, weight_decay=0.1)).state
+        for part in (state.u, state.v):
+            defect = (part.mT @ part - torch.eye(example.rank, dtype=F64)).abs().max()
+            within("2 orthonormal fp64", defect, 1e-12)
+        normal = (state.u.mT @ state.m_left).abs().max() / state.m_left.abs().max()
+        within("2 normal fp64", normal, 1e-12)
+    assert float((point_of(state) - example.x).norm()) > 0.1
 
 
 def law_floor_keeps_rank(step: Any) -> None:
@@ -320,7 +354,11 @@ def law_22_small_points_bend_the_step(step: Any) -> None:
         move = point_of(result.state) - (u * s) @ v.mT
         direction = -reference.projection(u, v, reference.msign(gradient))
         # At an optimal start the lower-right block vanishes: all 2r singular values are one.
-        within("O6 optimal start", (torch.linalg.svdvals(direction)[:4] - 1).abs().max(), 1e-10)
+        left = gradient @ v
+        projected = Tangent(left - u @ (u.mT @ left), gradient.mT @ u)
+        taken = direction_of(step, u, v, projected)
+        within("O6 optimal start", (torch.linalg.svdvals(taken)[:4] - 1).abs().max(), 1e-10)
+        within("O6 optimal start D", (taken + direction).norm(), 1e-10)
         cosine = (move * direction).sum() / (move.norm() * direction.norm())
         within("22 cosine", (cosine - wanted).abs(), 5e-3)
 
@@ -348,9 +386,11 @@ EXAMPLE_LAWS = (
 )
 FIXED_LAWS = (
     law_o14_null_directions_are_masked,
+    law_9_bounds_hold_with_masks,
     law_4_batched_equals_one_by_one,
     law_11_non_finite_layers_are_left_alone,
     law_2_frames_stay_orthonormal,
+    law_2_frames_stay_orthonormal_in_fp64,
     law_floor_keeps_rank,
     law_16_anchored_decay_shrinks_the_change,
     law_12_recovered_products_equal_the_gradient,
