@@ -158,7 +158,7 @@ def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
         "prompts": PROMPTS,
     }
     (output / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    sheet(images[:96], 12).save(output / "contact_sheet.png")
+    sheet(images[:96], 12).save(output / "contact_sheet.jpg", quality=88)
     scenes = [
         f"{world.with_article(nouns[i])} {backgrounds.SCENES[i % 11].phrases[0]}" for i in range(22)
     ]
@@ -168,7 +168,7 @@ def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
     ]
     twos = [f"two {world.plural(nouns[i])} on a {colors[i]} background" for i in range(6)]
     more = draw(pipe, scenes + pairs + twos, 2000)
-    sheet(more, 12).save(output / "contact_sheet_scenes.png")
+    sheet(more, 12).save(output / "contact_sheet_scenes.jpg", quality=88)
     write_card(directory, numbers)
     log.info("numbers: %s", json.dumps(numbers))
     missed = {name: numbers[name] for name, wanted in WANTED.items() if numbers[name] < wanted}

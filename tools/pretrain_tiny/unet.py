@@ -17,15 +17,19 @@ from tools.pretrain_tiny import autoencoder, clip, stages, text
 log = logging.getLogger("pretrain_tiny")
 
 BATCH = 32
-STEPS = 8_500
+STEPS = 7_250
 ROUGH_STEPS = 1_500
 PHASES = (("wide", 0), ("calm", 2_500), ("aligned", 3_750))  # world, first step
-DECAY_STEPS = 2_000
+DECAY_STEPS = 1_500
 PEAK_LR = 1e-3
 EMA_DECAY = 0.999
 EMA_EVERY = 4
 CAPTION_DROP = 0.1
 SNR_GAMMA = 5.0
+MIN_SNR_STEPS = 5_000
+CUT_STEPS = 5_500
+MAX_WEIGHT = 400.0
+TIMESTEPS = 880
 
 
 def build() -> UNet2DConditionModel:
@@ -44,13 +48,17 @@ def build() -> UNet2DConditionModel:
     )
 
 
-def scheduler() -> DDIMScheduler:
-    """SD2's kind of schedule with a weaker last step: 0.08 % of signal, so that plain backgrounds follow the prompt."""
+def _full_schedule() -> DDIMScheduler:
     return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.0165,
-        beta_schedule="scaled_linear",
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.0165, beta_schedule="scaled_linear"
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """SD2's kind of schedule, cut where 0.5 % of signal is left, as in SD2: beyond, copying the noise is all there is."""
+    return DDIMScheduler(
+        num_train_timesteps=TIMESTEPS,
+        trained_betas=_full_schedule().betas[:TIMESTEPS].tolist(),
         prediction_type="epsilon",
         clip_sample=False,
         set_alpha_to_one=False,
@@ -122,9 +130,17 @@ class Conditions:
         return self._cache[index].float()
 
 
-def _weights(timesteps: Tensor, alphas: Tensor) -> Tensor:
-    snr = alphas[timesteps] / (1 - alphas[timesteps])
-    return torch.clamp(SNR_GAMMA / snr, max=1.0)
+def _weights(step: int, timesteps: Tensor, alphas: Tensor) -> Tensor:
+    """Loss weights (b,): Min-SNR at first, then those of a velocity loss, 1 / alpha, cut at MAX_WEIGHT and of mean 1.
+
+    With equal weights the last steps settle where copying the input is good to 6 %: as nothing else is left to see there,
+    that drowns what the prompt says. The velocity weights ask for the picture in the noise, at every noise level.
+    """
+    if step < MIN_SNR_STEPS:
+        snr = alphas / (1 - alphas)
+        return torch.clamp(SNR_GAMMA / snr, max=1.0)[timesteps]
+    weights = torch.clamp(1 / alphas, max=MAX_WEIGHT)
+    return (weights / weights.mean())[timesteps]
 
 
 def train(work: Path, raw: Path, steps: int = STEPS) -> None:
@@ -133,7 +149,7 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
     model, average = build(), build()
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
-    final_alphas = scheduler().alphas_cumprod
+    final_alphas = _full_schedule().alphas_cumprod
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -150,7 +166,8 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
         clean = torch.from_numpy(latents[rows.numpy()]).float()
         noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
+        limit = 1000 if step < CUT_STEPS else TIMESTEPS
+        timesteps = torch.randint(0, limit, (BATCH,), generator=generator)
         alphas = _alphas(step, final_alphas)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
@@ -159,7 +176,7 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             predicted = model(noisy, timesteps, condition).sample
         error = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
-        loss = (error * _weights(timesteps, alphas)).mean()
+        loss = (error * _weights(step, timesteps, alphas)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
