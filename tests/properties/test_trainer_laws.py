@@ -359,6 +359,7 @@ def _worker(rank: int, port: int, where: Path) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",  # accelerate warns about a choice of its own otherwise
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "RANK": str(rank),
