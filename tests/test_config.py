@@ -115,11 +115,10 @@ def test_guidance_follows_the_model_unless_it_is_given() -> None:
         assert parse_config([*NEEDED, *flags]).validation.guidance_scale == scale
 
 
-def test_a_start_small_beside_a_step_is_refused_whichever_of_the_two_is_a_default() -> None:
+def test_a_start_small_beside_a_step_is_refused_and_never_a_default() -> None:
     for flags, numbers in (
-        (["--learning_rate", "0.006"], ["0.05", "0.006", "0.06", "0.005"]),
+        (["--learning_rate", "0.006", "--start_scale", "0.05"], ["0.05", "0.006", "0.06", "0.005"]),
         (["--start_scale", "-0.009"], ["-0.009", "0.001", "0.01", "0.0009"]),
-        (["--rank", "10000"], ["0.001", "0.01", "0.0001", "sqrt(rank 10000)", "--rank"]),
     ):
         with pytest.raises(ConfigError) as caught:
             parse_config([*NEEDED, *flags])
@@ -133,6 +132,14 @@ def test_a_start_small_beside_a_step_is_refused_whichever_of_the_two_is_a_defaul
         ["--learning_rate", "0.05", "--init", "orthonormal"],
     ):
         assert parse_config([*NEEDED, *flags])
+    for flags, scale in (
+        (["--learning_rate", "0.006"], 0.06),
+        (["--rank", "10000"], 0.01),
+        (["--rank", "16"], 0.025),
+        (["--learning_rate", "0.05", "--optimizer", "adamw", "--init", "loi"], 0.05),
+    ):
+        found = parse_config([*NEEDED, *flags]).adapter.start_scale
+        assert found == pytest.approx(scale)
 
 
 @pytest.mark.parametrize(

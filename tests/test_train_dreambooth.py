@@ -439,7 +439,7 @@ BAD_INPUT = {
     ),
     "empty prompt": (lambda _: ["--instance_prompt", ""], ["instance_prompt", "empty"]),
     "rank too large": (lambda _: TOO_MUCH, ["999", "rank", "to_q"]),
-    "rank too large for the default start": (lambda _: ["--rank", 999], ["rank 999", "0.00316"]),
+    "rank too large, start by default": (lambda _: ["--rank", 999], ["999", "rank", "to_q"]),
     "output is a file": (lambda d: ["--output_dir", make_file(d / "out")], ["out", "is a file"]),
     "output below a file": (
         lambda d: ["--output_dir", make_file(d / "up") / "out"],

@@ -230,11 +230,10 @@ def _check_start(config: TrainConfig, sources: dict[str, str]) -> None:
     scale, rate = config.adapter.start_scale, config.optimizer.spectral_step
     if scale is None or rate is None or abs(scale) >= 10 * rate * (1 - 1e-9):
         return
-    given = [name for name in ("start_scale", "learning_rate", "rank") if name in sources]
-    origin = "" if "start_scale" in sources else f" (0.1 / sqrt(rank {config.adapter.rank}))"
+    given = [name for name in ("start_scale", "learning_rate") if name in sources]
     raise ConfigError(
         message(
-            f"start_scale {scale:g}{origin} is less than 10 times learning_rate {rate:g}: cutting a step "
+            f"start_scale {scale:g} is less than 10 times learning_rate {rate:g}: cutting a step "
             "back to the rank would discard part of it",
             ", ".join(sources[name] for name in given) or "settings",
             f"--start_scale of at least {10 * rate:g}, or --learning_rate of at most "

@@ -128,7 +128,8 @@ class AdapterSettings(Group):
     )
     start_scale: float | None = Field(
         None,
-        description="singular value of the loi start, not 0; default 0.1 / sqrt(rank)",
+        description="singular value of the loi start, not 0; default 0.1 / sqrt(rank), with riemannion at "
+        "least 10 learning rates",
     )
     loi_estimator: Literal["mean_gradient", "sketch", "backprop_rsvd"] = Field(
         "mean_gradient", description="how loi estimates the gradient of the whole matrix"
@@ -349,13 +350,16 @@ class TrainConfig(Group):
         init = self.adapter.init or usual_init(name)
         is_embedded = self.model.pretrained_model_name_or_path is None
         steps = self.schedule.max_train_steps
+        rate = self.optimizer.learning_rate or DEFAULT_LEARNING_RATE[name]
+        # A start below 10 steps would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
+        start = max(0.1 / rank**0.5, 10 * rate if name == "riemannion" else 0.0)
         follow: dict[str, dict[str, object]] = {
             "optimizer": {
-                "learning_rate": DEFAULT_LEARNING_RATE[name],
+                "learning_rate": rate,
                 "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
                 "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
             },
-            "adapter": {"init": init, "start_scale": 0.1 / rank**0.5 if init == "loi" else None},
+            "adapter": {"init": init, "start_scale": start if init == "loi" else None},
             "schedule": {"lr_warmup_steps": min(20, steps // 10)},
             "validation": {"guidance_scale": EMBEDDED_GUIDANCE if is_embedded else USUAL_GUIDANCE},
         }
