@@ -70,8 +70,8 @@ def scheduler() -> DDIMScheduler:
 def _alphas(step: int, final: Tensor) -> Tensor:
     """Products of alphas (1000,) for a training step; the first ROUGH_STEPS use linear betas from 1e-4 to 0.02.
 
-    Linear betas teach coarse layout first, but leave so little signal at the end that sampling multiplies each error
-    of the predicted noise by 158 there; `scheduler` multiplies it by 36.
+    Sampling multiplies an error of the predicted noise by 1 / sqrt(alpha product), which linear betas make far too large
+    at the end; `scheduler` stops before that.
     """
     if step >= ROUGH_STEPS:
         return final
@@ -133,8 +133,7 @@ class Conditions:
 def _weights(step: int, timesteps: Tensor, alphas: Tensor) -> Tensor:
     """Loss weights (b,): Min-SNR at first, then those of a velocity loss, 1 / alpha, cut at MAX_WEIGHT and of mean 1.
 
-    With equal weights the last steps settle where copying the input is good to 6 %: as nothing else is left to see there,
-    that drowns what the prompt says. The velocity weights ask for the picture in the noise, at every noise level.
+    With equal weights errors in copying the noise of the last steps cost nothing, and drown what the prompt says there. The velocity weights ask for the picture in the noise, at every noise level.
     """
     if step < MIN_SNR_STEPS:
         snr = alphas / (1 - alphas)
