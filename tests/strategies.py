@@ -19,6 +19,7 @@ from dreamrie.fixed_rank import Point, Tangent
 from dreamrie.riemannion_step import FusedState
 
 F64 = torch.float64
+F32 = torch.float32
 SPECTRA = ("spread", "equal", "repeated", "conditioned", "tiny")
 
 
@@ -278,3 +279,8 @@ def distance(path: list[list[Tensor]], other: list[list[Tensor]]) -> float:
         for first, second in zip(path, other, strict=True)
         for a, b in zip(first, second, strict=True)
     )
+
+
+def moved(path: list[list[torch.Tensor]]) -> float:
+    """How far the last point of a path is from the first, relative: the trivial case must be excluded."""
+    return distance(path[:1], path[-1:])

@@ -1,4 +1,4 @@
-"""Examples and errors of the geometry; its laws are in properties/test_fixed_rank_laws.py."""
+"""Examples and errors of the geometry; its laws are in properties/test_fixed_rank_*_laws.py."""
 
 from __future__ import annotations
 

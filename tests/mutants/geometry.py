@@ -10,7 +10,8 @@ from torch import Tensor
 import dreamrie.fixed_rank as real
 from dreamrie.fixed_rank import Factors, Point, Tangent
 from tests.mutants import Law, Mutant, each, replaced
-from tests.properties import test_fixed_rank_laws as laws
+from tests.properties import test_fixed_rank_retraction_laws as retraction_laws
+from tests.properties import test_fixed_rank_tangent_laws as tangent_laws
 from tests.strategies import POINTS, TAME
 
 _qr = torch.linalg.qr
@@ -211,21 +212,21 @@ def geometry(name: str, law: Law, why: str, raises: Any = AssertionError, **wron
 # The printed Alg. 2 has a shape at out = in only.
 SQUARE = next(point for point in POINTS if point.out == point.in_)
 
-M1 = each(laws.law_m1_projection_is_idempotent, POINTS)
-M2 = each(laws.law_m2_projection_is_self_adjoint, POINTS)
-M3 = each(laws.law_m3_projection_is_the_closest_tangent, POINTS)
-M4 = each(laws.law_m4_projection_is_factored_and_normal, POINTS)
-SQUARE_M4 = each(laws.law_m4_projection_is_factored_and_normal, (SQUARE,))
-FP32 = each(laws.law_m1_m4_in_fp32, POINTS)
-M5 = each(laws.law_m5_retraction_is_of_second_order, TAME)
-FP32_M5 = each(laws.law_m5_in_fp32, TAME)
-M6 = each(laws.law_m6_retraction_is_the_truncated_svd, TAME)
-M7 = each(laws.law_m7_gradient_predicts_the_change, TAME)
-M8 = each(laws.law_m8_transport_is_a_projection, POINTS)
-M9 = each(laws.law_m9_inner_products_equal_dense, POINTS)
-M12 = each(laws.law_m12_only_the_matrix_matters, TAME)
-MSIGN = each(laws.law_msign_equals_dense, POINTS)
-ENTRY = each(laws.law_point_depends_on_the_product, TAME)
+M1 = each(tangent_laws.law_m1_projection_is_idempotent, POINTS)
+M2 = each(tangent_laws.law_m2_projection_is_self_adjoint, POINTS)
+M3 = each(tangent_laws.law_m3_projection_is_the_closest_tangent, POINTS)
+M4 = each(tangent_laws.law_m4_projection_is_factored_and_normal, POINTS)
+SQUARE_M4 = each(tangent_laws.law_m4_projection_is_factored_and_normal, (SQUARE,))
+FP32 = each(tangent_laws.law_m1_m4_in_fp32, POINTS)
+M5 = each(retraction_laws.law_m5_retraction_is_of_second_order, TAME)
+FP32_M5 = each(retraction_laws.law_m5_in_fp32, TAME)
+M6 = each(retraction_laws.law_m6_retraction_is_the_truncated_svd, TAME)
+M7 = each(retraction_laws.law_m7_gradient_predicts_the_change, TAME)
+M8 = each(tangent_laws.law_m8_transport_is_a_projection, POINTS)
+M9 = each(tangent_laws.law_m9_inner_products_equal_dense, POINTS)
+M12 = each(retraction_laws.law_m12_only_the_matrix_matters, TAME)
+MSIGN = each(tangent_laws.law_msign_equals_dense, POINTS)
+ENTRY = each(retraction_laws.law_point_depends_on_the_product, TAME)
 
 MUTANTS = [
     geometry(
@@ -298,13 +299,13 @@ MUTANTS = [
     ),
     geometry(
         "QR of d_left alone",
-        laws.law_m10_frames_stay_orthonormal,
+        retraction_laws.law_m10_frames_stay_orthonormal,
         "null columns of d_left give a basis that is not orthogonal to u",
         retract=retract_with_residual_qr,
     ),
     geometry(
         "NaN swallowed by the retraction",
-        laws.law_m11_degenerate_input_is_survived_or_named,
+        retraction_laws.law_m11_degenerate_input_is_survived_or_named,
         "a NaN must be named",
         retract=retract_without_check,
     ),

@@ -20,7 +20,8 @@ from dreamrie.loi import driver, estimators, points, session
 from dreamrie.loi.points import LeadingSvd
 from dreamrie.lora import LoraPair
 from tests.mutants import Law, Mutant, replaced
-from tests.properties import test_loi_laws as laws
+from tests.properties import test_loi_caller_laws as caller_laws
+from tests.properties import test_loi_optimum_laws as optimum_laws
 
 # The run-time checks of LOI are part of the method: refusing to start is being caught.
 CAUGHT = (AssertionError, NumericalError)
@@ -239,150 +240,150 @@ set_start = LoraPair.set_start
 
 MUTANTS = [
     loi(
-        "LOI with equal indices (U1, V1)", laws.law_l1_start_reaches_the_optimum,
+        "LOI with equal indices (U1, V1)", optimum_laws.law_l1_start_reaches_the_optimum,
         "holds the first r directions twice", (points, "split_point", same_index),
     ),
     loi(
-        "LOI split with one index shared", laws.law_l1_start_reaches_the_optimum,
+        "LOI split with one index shared", optimum_laws.law_l1_start_reaches_the_optimum,
         "one of 2r directions is missing", (points, "split_point", overlapping),
     ),
     loi(
-        "LOI start checked by nobody", laws.law_l3_step_zero,
+        "LOI start checked by nobody", caller_laws.law_l3_step_zero,
         "the run-time check refuses a start that misses the optimum",
         (driver, "split_point", same_index),
     ),
     loi(
-        "alpha omitted (Algs. 5, 6 l. 2)", laws.law_13_start_is_alpha_u1_v2,
+        "alpha omitted (Algs. 5, 6 l. 2)", optimum_laws.law_13_start_is_alpha_u1_v2,
         "spectral norm 1 instead of |alpha|", (points, "split_point", alpha_omitted),
     ),
     loi(
-        "sign of alpha omitted", laws.law_13_start_is_alpha_u1_v2,
+        "sign of alpha omitted", optimum_laws.law_13_start_is_alpha_u1_v2,
         "-X0 is another point", (points, "split_point", sign_omitted),
     ),
     loi(
-        "LOI start as large as the gradient", laws.law_13_start_is_alpha_u1_v2,
+        "LOI start as large as the gradient", optimum_laws.law_13_start_is_alpha_u1_v2,
         "the scale of the loss enters", (points, "split_point", size_of_gradient),
     ),
     loi(
-        "projected energy with the core counted twice", laws.law_l1_start_reaches_the_optimum,
+        "projected energy with the core counted twice", optimum_laws.law_l1_start_reaches_the_optimum,
         "shows when U and V share indices, 2r > min(out, in)",
         (real, "captured_energy", energy_without_complement),
     ),
     Mutant(
-        "(17) without Sigma1", laws.law_13_every_member_of_the_family_is_optimal,
+        "(17) without Sigma1", optimum_laws.law_13_every_member_of_the_family_is_optimal,
         lambda: replaced(theorem, optimal_family=family_without_sigma),
         "share 0.9 for a general S",
     ),
     Mutant(
-        "(17) with S in place of its inverse", laws.law_13_every_member_of_the_family_is_optimal,
+        "(17) with S in place of its inverse", optimum_laws.law_13_every_member_of_the_family_is_optimal,
         lambda: replaced(theorem, optimal_family=family_with_square_right_only),
         "the blocks do not meet in one tangent space",
     ),
     loi(
-        "Alg. 6 l. 7-8: gradient at W + X", laws.law_l5_gradient_is_taken_at_the_base_weight,
+        "Alg. 6 l. 7-8: gradient at W + X", optimum_laws.law_l5_gradient_is_taken_at_the_base_weight,
         "another point of the loss", (estimators, "without_change", with_point_only),
     ),
     loi(
-        "gradient at the current adapter", laws.law_l5_gradient_is_taken_at_the_base_weight,
+        "gradient at the current adapter", optimum_laws.law_l5_gradient_is_taken_at_the_base_weight,
         "a trained adapter would be differentiated", (estimators, "without_change", with_current_adapter),
     ),
     loi(
-        "gradients summed, not averaged", laws.law_l5_gradient_is_taken_at_the_base_weight,
+        "gradients summed, not averaged", optimum_laws.law_l5_gradient_is_taken_at_the_base_weight,
         "reported energies grow with the number of batches", (real, "mean_gradient", summed),
     ),
     loi(
-        "LOI from one batch only", laws.law_l7_averaging_beats_one_batch,
+        "LOI from one batch only", optimum_laws.law_l7_averaging_beats_one_batch,
         "noise twice the signal", (driver, "mean_gradient", first_batch_only),
     ),
     loi(
-        "scaling left in the sketch", laws.law_l5_products_by_backward,
+        "scaling left in the sketch", optimum_laws.law_l5_products_by_backward,
         "values are c times too large", (real, "sketch", scaling_left_in),
     ),
     loi(
-        "sketch without least squares", laws.law_14_sketch,
+        "sketch without least squares", optimum_laws.law_14_sketch,
         "Psi is not orthonormal", (estimators, "sketch_svd", sketch_without_least_squares),
     ),
     loi(
-        "sketch of one side", laws.law_14_sketch,
+        "sketch of one side", optimum_laws.law_14_sketch,
         "G Omega has not the right vectors of G", (estimators, "sketch_svd", one_sided_sketch),
     ),
     loi(
-        "(20) with one square", laws.law_13_first_riemannian_gradient_is_optimal,
+        "(20) with one square", optimum_laws.law_13_first_riemannian_gradient_is_optimal,
         "energies are squares on both sides", (LeadingSvd, "optimum", optimum_without_squares),
     ),
     loi(
-        "gradients summed: reported energy", laws.law_13_first_riemannian_gradient_is_optimal,
+        "gradients summed: reported energy", optimum_laws.law_13_first_riemannian_gradient_is_optimal,
         "the report would grow with the number of batches", (driver, "mean_gradient", summed),
     ),
     loi(
-        "Alg. 3 line 4: a transpose inside qr", laws.law_14_randomized_svd_by_backward,
+        "Alg. 3 line 4: a transpose inside qr", optimum_laws.law_14_randomized_svd_by_backward,
         "the shapes do not fit", (estimators, "orthonormal", orthonormal_transposed),
         raises=(RuntimeError,),
     ),
     loi(
-        "Alg. 3 line 8: Q in place of Q U", laws.law_l2_share_of_the_optimum_over_spectra,
+        "Alg. 3 line 8: Q in place of Q U", optimum_laws.law_l2_share_of_the_optimum_over_spectra,
         "a basis is not the singular vectors", (estimators, "thin_svd", basis_for_left_vectors),
     ),
     loi(
-        "BackPropRSVD without power iterations", laws.law_14_randomized_svd_by_backward,
+        "BackPropRSVD without power iterations", optimum_laws.law_14_randomized_svd_by_backward,
         "1e-6 needs q = 4", (real, "backprop_rsvd", without_power),
     ),
     loi(
-        "BackPropRSVD with q = 0", laws.law_l2_share_of_the_optimum_over_spectra,
+        "BackPropRSVD with q = 0", optimum_laws.law_l2_share_of_the_optimum_over_spectra,
         "q = 1 is the default", (real, "backprop_rsvd", without_power),
     ),
     loi(
-        "BackPropRSVD with fresh noise in each pass", laws.law_14_fixed_objective,
+        "BackPropRSVD with fresh noise in each pass", optimum_laws.law_14_fixed_objective,
         "products of different gradients", (session.RandomState, "restore", no_restore),
     ),
     loi(
-        "random streams not restored after LOI", laws.law_l9_nothing_is_left_behind,
+        "random streams not restored after LOI", caller_laws.law_l9_nothing_is_left_behind,
         "the first batch would differ", (session.RandomState, "restore", no_restore),
         raises=(AssertionError,),
     ),
     loi(
-        "only torch's stream restored after LOI", laws.law_l9_nothing_is_left_behind,
+        "only torch's stream restored after LOI", caller_laws.law_l9_nothing_is_left_behind,
         "augmentation draws from python and numpy", (session.RandomState, "restore", torch_only),
         raises=(AssertionError,),
     ),
     loi(
-        "model left in eval mode after LOI", laws.law_l9_nothing_is_left_behind,
+        "model left in eval mode after LOI", caller_laws.law_l9_nothing_is_left_behind,
         "dropout would be off in training", (driver, "undisturbed", left_in_eval),
     ),
     loi(
-        "one train mode for all parts after LOI", laws.law_l9_nothing_is_left_behind,
+        "one train mode for all parts after LOI", caller_laws.law_l9_nothing_is_left_behind,
         "a frozen part in eval mode would train", (driver, "undisturbed", all_in_train_afterwards),
     ),
     loi(
-        "gradient flags left on after LOI", laws.law_l9_nothing_is_left_behind,
+        "gradient flags left on after LOI", caller_laws.law_l9_nothing_is_left_behind,
         "the base would train", (driver, "undisturbed", flags_left),
     ),
     loi(
-        "gradients left behind by LOI", laws.law_l9_nothing_is_left_behind,
+        "gradients left behind by LOI", caller_laws.law_l9_nothing_is_left_behind,
         "the base weight keeps a .grad", (driver, "mean_gradient", leaving_grads),
     ),
     loi(
-        "dropout on while estimating", laws.law_l6_dropout_is_off_while_estimating,
+        "dropout on while estimating", caller_laws.law_l6_dropout_is_off_while_estimating,
         "the gradient of another function", (driver, "undisturbed", in_train_mode),
     ),
     loi(
-        "LOI without an anchor", laws.law_l3_step_zero,
+        "LOI without an anchor", caller_laws.law_l3_step_zero,
         "the function moves by X0 at step 0", (LoraPair, "set_start", start_without_anchor),
     ),
     loi(
-        "LOI without an anchor, unchecked", laws.law_l3_step_zero,
+        "LOI without an anchor, unchecked", caller_laws.law_l3_step_zero,
         "the law sees it without the run-time checks",
         (LoraPair, "set_start", start_without_anchor),
         (driver, "_check_layer", lambda pair, svd, alpha: driver.LayerReport(
             pair.name, pair.rank, alpha, 1.0, 1.0, math.nan, 1.0)),
     ),
     loi(
-        "LOI rewrites the base", laws.law_l4_base_weights_keep_their_bytes,
+        "LOI rewrites the base", caller_laws.law_l4_base_weights_keep_their_bytes,
         "W' = W - X0 is rounded and not the stock base",
         (LoraPair, "set_start", start_with_rewritten_base),
     ),
     loi(
-        "alpha below 10 lr accepted", laws.law_l8_alpha_must_be_ten_times_lr,
+        "alpha below 10 lr accepted", caller_laws.law_l8_alpha_must_be_ten_times_lr,
         "the truncation discards half of each step", (driver, "_ALPHA_PER_LR", 0.1),
         raises=(AssertionError, pytest.fail.Exception),
     ),

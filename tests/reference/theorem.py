@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def matrix(point: Any) -> Tensor:
+    return (point.u * point.s) @ point.v.T
 
 
 def energy(x: Tensor, rank: int, gradient: Tensor) -> float:

@@ -1,0 +1,161 @@
+"""Settings: precedence, defaults that follow other settings, and what is recorded of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dreamrie.config import make_config, parse_config, parse_yaml, to_yaml
+from dreamrie.errors import ConfigError
+from tests.small_settings import NEEDED, NEEDED_VALUES, settings_file
+
+
+def test_flag_beats_file_beats_default(tmp_path: Path) -> None:
+    file = settings_file(tmp_path, "rank: 8\nmax_train_steps: 77\n")
+    config = parse_config([*NEEDED, *file, "--rank", "16"])
+    assert config.adapter.rank == 16
+    assert config.schedule.max_train_steps == 77
+    assert config.data.train_batch_size == 4
+
+
+def test_a_switch_in_a_file_can_be_overruled(tmp_path: Path) -> None:
+    file = settings_file(tmp_path, "center_crop: true\nrandom_flip: true\n")
+    config = parse_config([*NEEDED, *file, "--no_center_crop"])
+    assert (config.data.center_crop, config.data.random_flip) == (False, True)
+
+
+def test_a_negative_number_is_a_value_not_a_flag() -> None:
+    assert parse_config([*NEEDED, "--start_scale", "-5e-2"]).adapter.start_scale == -0.05
+
+
+def test_prompts_may_follow_one_flag_or_several() -> None:
+    for words in (["--validation_prompt", "a", "b"], ["--validation_prompt", "a"] * 2):
+        words[-1] = "b"
+        assert parse_config([*NEEDED, *words]).validation.validation_prompt == ["a", "b"]
+
+
+def test_a_long_value_is_shown_shortly() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(NEEDED_VALUES | {"rank": ["x" * 10_000] * 1000})
+    assert len(str(caught.value)) < 400
+
+
+def test_dashes_and_underscores_are_the_same_flag() -> None:
+    config = parse_config([*NEEDED, "--dry-run", "--max-train-steps=7"])
+    assert config.run.dry_run
+    assert config.schedule.max_train_steps == 7
+
+
+def test_resolved_settings_are_filled_in_and_read_back_equal(tmp_path: Path) -> None:
+    config = parse_config([*NEEDED, "--rank", "9", "--validation_prompt", "a: b", "no", "1e-4"])
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.optimizer.momentum == 0.9
+    assert config.optimizer.max_grad_norm == 0.0
+    assert config.adapter.start_scale == pytest.approx(0.1 / 3)
+    assert config.schedule.lr_warmup_steps == 20
+    assert config.adapter.init == "loi"
+    text = to_yaml(config)
+    assert parse_config(settings_file(tmp_path, text)) == config
+    # Any other reader of YAML sees the same texts.
+    assert yaml.safe_load(text)["validation_prompt"] == ["a: b", "no", "1e-4"]
+
+
+def test_resolved_settings_of_adamw_read_back_equal(tmp_path: Path) -> None:
+    config = parse_config([*NEEDED, "--optimizer", "adamw"])
+    assert config.adapter.init == "default"
+    assert (config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (1e-4, 1.0)
+    assert (config.optimizer.momentum, config.adapter.start_scale) == (None, None)
+    assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
+
+
+def test_the_resolution_waits_for_the_model(tmp_path: Path) -> None:
+    config = parse_config(NEEDED)
+    assert config.data.resolution is None
+    known = config.with_resolution(96)
+    assert parse_config(settings_file(tmp_path, to_yaml(known))) == known
+    assert known.data.resolution == 96
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "loraplus", "scaledgd", "muon"])
+def test_without_an_init_factor_wise_optimizers_train_the_usual_lora(optimizer: str) -> None:
+    config = parse_config([*NEEDED, "--optimizer", optimizer])
+    assert (config.adapter.init, config.adapter.attach_init) == ("default", "default")
+    named = parse_config([*NEEDED, "--optimizer", optimizer, "--init", "loi"])
+    assert (named.adapter.init, named.adapter.attach_init) == ("loi", "orthonormal")
+
+
+def test_guidance_follows_the_model_unless_it_is_given() -> None:
+    for flags, scale in (
+        ([], 4.0),
+        (["--pretrained_model_name_or_path", "sd2-base"], 7.5),
+        (["--guidance_scale", "3"], 3.0),
+        (["--pretrained_model_name_or_path", "sd2-base", "--guidance_scale", "0"], 0.0),
+    ):
+        assert parse_config([*NEEDED, *flags]).validation.guidance_scale == scale
+
+
+def test_a_start_small_beside_a_step_is_refused_and_never_a_default() -> None:
+    for flags, numbers in (
+        (["--learning_rate", "0.006", "--start_scale", "0.05"], ["0.05", "0.006", "0.06", "0.005"]),
+        (["--start_scale", "-0.009"], ["-0.009", "0.001", "0.01", "0.0009"]),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config([*NEEDED, *flags])
+        for word in ("--start_scale", "--learning_rate", *numbers):
+            assert word in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 3
+    for flags in (
+        ["--learning_rate", "0.005"],
+        ["--learning_rate", "0.006", "--start_scale", "0.06"],
+        ["--learning_rate", "0.05", "--optimizer", "adamw", "--init", "loi"],
+        ["--learning_rate", "0.05", "--init", "orthonormal"],
+    ):
+        assert parse_config([*NEEDED, *flags])
+    for flags, scale in (
+        (["--learning_rate", "0.006"], 0.06),
+        (["--rank", "10000"], 0.01),
+        (["--rank", "16"], 0.025),
+        (["--learning_rate", "0.05", "--optimizer", "adamw", "--init", "loi"], 0.05),
+    ):
+        found = parse_config([*NEEDED, *flags]).adapter.start_scale
+        assert found == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--logging_dir", "x"], ["--logging_dir", "--report_to tensorboard"]),
+        (["--validation_steps", "50"], ["--validation_steps", "--validation_prompt"]),
+        (["--logging_dir", "x", "--report_to", "tensorboard"], []),
+        (["--validation_steps", "50", "--validation_prompt", "a dog"], []),
+    ],
+)
+def test_a_setting_that_does_nothing_is_warned_about(
+    flags: list[str], words: list[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = parse_config([*NEEDED, *flags])
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * bool(words)
+    assert all(word in caplog.text for word in words)
+    assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
+
+
+def test_a_recorded_configuration_is_read_without_a_warning(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    recorded = to_yaml(parse_config([*NEEDED, "--init", "pissa"]))
+    assert not {"loi_batches", "class_prompt", "validation_steps"} & set(parse_yaml(recorded))
+    parse_config(settings_file(tmp_path, recorded))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (50, 5), (200, 20), (9999, 20)])
+def test_warm_up_is_at_most_a_tenth_of_the_run(steps: int, warmup: int) -> None:
+    config = parse_config([*NEEDED, "--max_train_steps", str(steps)])
+    assert config.schedule.lr_warmup_steps == warmup
+
+
+def test_the_dry_run_is_not_part_of_the_recorded_settings() -> None:
+    recorded = parse_yaml(to_yaml(parse_config([*NEEDED, "--dry_run", "-v"])))
+    assert not {"dry_run", "verbose"} & set(recorded)
