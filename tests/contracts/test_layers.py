@@ -40,7 +40,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "accelerate": ("dreamrie/trainer",),
     "diffusers": ("dreamrie/diffusion/",),
     "transformers": ("dreamrie/diffusion/", "dreamrie/llm/"),
-    "safetensors": ("dreamrie/adapter_file", "dreamrie/checkpoint"),
+    "safetensors": ("dreamrie/adapter_file", "dreamrie/checkpoint", "eval/encoders"),
     "pydantic": ("dreamrie/config",),
     "yaml": ("dreamrie/config",),
     "tqdm": ("dreamrie/runlog",),

@@ -1,0 +1,172 @@
+"""The scores, as pure functions of normalized embeddings; each has a version that its golden test pins.
+
+Embeddings have shape (n, d) and rows of norm 1. A changed definition demands a new version: numbers of two versions
+must not share a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dreamrie.errors import ConfigError, NumericalError
+
+VERSIONS = {
+    "image_similarity": 1,
+    "text_similarity": 1,
+    "ceiling": 1,
+    "copy_score": 1,
+    "drift": 1,
+}
+_NORM_TOLERANCE = 1e-3
+
+
+def _check(what: str, embeddings: Tensor, least: int = 1) -> Tensor:
+    """Return the embeddings in fp64, or say what is wrong with them."""
+    if embeddings.ndim != 2 or len(embeddings) < least:
+        raise ConfigError(
+            f"{what}: at least {least} embeddings (n, d) are needed, got {tuple(embeddings.shape)}."
+        )
+    if not bool(torch.isfinite(embeddings).all()):
+        rows = (~torch.isfinite(embeddings).all(1)).nonzero().flatten().tolist()
+        raise NumericalError(f"{what}: embeddings {rows} are not finite.")
+    norms = embeddings.double().norm(dim=1)
+    if float((norms - 1).abs().max()) > _NORM_TOLERANCE:
+        raise ConfigError(
+            f"{what}: embeddings must have norm 1, got norms up to {norms.max():.4g}."
+        )
+    return embeddings.double()
+
+
+def image_similarity(generated: Tensor, reference: Tensor) -> Tensor:
+    """Mean cosine to all reference pictures (DreamBooth, Ruiz et al. 2023), one value for each generated one.
+
+    Args:
+        generated: (n, d).
+        reference: (m, d).
+
+    Returns:
+        (n,) in [-1, 1]; its mean is the mean over all pairs.
+
+    Raises:
+        ConfigError: an empty or not normalized side. NumericalError: a value that is not finite.
+    """
+    left, right = _check("generated", generated), _check("reference", reference)
+    return (left @ right.T).mean(1)
+
+
+def text_similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosine of each picture and its own prompt, whose rare token has been left out.
+
+    Args:
+        images: (n, d).
+        texts: (n, d), row i belongs to picture i.
+
+    Returns:
+        (n,) in [-1, 1].
+
+    Raises:
+        ConfigError: unequal numbers, an empty or not normalized side. NumericalError: a value that is not finite.
+    """
+    left, right = _check("images", images), _check("texts", texts)
+    if left.shape != right.shape:
+        raise ConfigError(
+            f"each picture needs its own prompt: {len(left)} pictures, {len(right)} prompts."
+        )
+    return (left * right).sum(1)
+
+
+def ceiling(reference: Tensor) -> Tensor:
+    """How similar the real pictures are to each other: mean cosine to the others, for each one.
+
+    Args:
+        reference: (m, d), at least two.
+
+    Returns:
+        (m,); a picture is never compared with itself.
+
+    Raises:
+        ConfigError: fewer than two, or not normalized. NumericalError: a value that is not finite.
+    """
+    rows = _check("reference", reference, 2)
+    cosines = rows @ rows.T
+    return (cosines.sum(1) - cosines.diagonal()) / (len(rows) - 1)
+
+
+def copy_score(generated: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine to the nearest training picture, and the same among the training pictures themselves.
+
+    Args:
+        generated: (n, d).
+        training: (m, d), at least two.
+
+    Returns:
+        (n,) for the generated pictures, and (m,) with each training picture left out of its own neighbours. Generated
+        pictures that lie nearer to one photo than the photos lie to each other are copies.
+
+    Raises:
+        ConfigError: too few, or not normalized. NumericalError: a value that is not finite.
+    """
+    left, right = _check("generated", generated), _check("training", training, 2)
+    own = right @ right.T
+    own.fill_diagonal_(-torch.inf)
+    return (left @ right.T).amax(1), own.amax(1)
+
+
+def drift(base: Tensor, adapted: Tensor) -> Tensor:
+    """(1 - cosine) / 2 between the pictures of the base and the adapted model from the same prompt and seed.
+
+    Args:
+        base: (n, d).
+        adapted: (n, d), in the same order.
+
+    Returns:
+        (n,) in [0, 1]; 0 if the adapter changed nothing.
+
+    Raises:
+        ConfigError: unequal numbers, empty or not normalized. NumericalError: a value that is not finite.
+    """
+    left, right = _check("base", base), _check("adapted", adapted)
+    if left.shape != right.shape:
+        raise ConfigError(f"drift compares pairs: {len(left)} base and {len(right)} adapted.")
+    return (1 - (left * right).sum(1)) / 2
+
+
+def bootstrap_interval(
+    values: Tensor,
+    groups: Sequence[str],
+    *,
+    samples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a mean, drawn over whole prompts: pictures of one prompt are not independent.
+
+    Args:
+        values: (n,) scores of single pictures.
+        groups: prompt of each picture; without prompts each picture is a group of its own.
+        samples: number of draws.
+        level: coverage in (0, 1).
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end for the mean of the groups' means.
+
+    Raises:
+        ConfigError: numbers of values and groups differ, or there are fewer than two groups.
+    """
+    names = sorted(set(groups))
+    if len(values) != len(groups) or len(names) < 2:
+        raise ConfigError(
+            f"an interval needs at least two groups and one for each score; got {len(values)} scores in "
+            f"{len(groups)} places of {len(names)} groups."
+        )
+    rows = torch.tensor([names.index(group) for group in groups])
+    means = torch.stack([values[rows == index].double().mean() for index in range(len(names))])
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(names), (samples, len(names)), generator=generator)
+    tail = (1 - level) / 2
+    ends = torch.quantile(means[draws].mean(1), torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(ends[0]), float(ends[1])

@@ -1,0 +1,104 @@
+"""Scores of pictures that exist already: what is computed from which embeddings, and how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eval import metrics
+from eval.encoders import Encoder
+from eval.pictures import Folder, without_token
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number with everything that it depends on.
+
+    Attributes:
+        name: as printed, for instance `DINO` or `tiny-clip text`.
+        mean: over pictures. interval: 95 %, drawn over prompts, or None for a mean over real pictures.
+        count: pictures. metric: name and version. encoder, weights_sha256, preprocessing: see `Encoder`.
+    """
+
+    name: str
+    mean: float
+    interval: tuple[float, float] | None
+    count: int
+    metric: str
+    encoder: str
+    weights_sha256: str
+    preprocessing: str
+
+
+def _score(
+    name: str, values: Tensor, metric: str, encoder: Encoder, groups: Sequence[str] | None
+) -> Score:
+    interval = None
+    if groups is not None and len(set(groups)) > 1:
+        interval = metrics.bootstrap_interval(values, groups)
+    return Score(
+        name,
+        float(values.mean()),
+        interval,
+        len(values),
+        f"{metric} v{metrics.VERSIONS[metric]}",
+        encoder.name,
+        encoder.weights_sha256,
+        encoder.preprocessing,
+    )
+
+
+def score_folders(
+    encoder: Encoder,
+    generated: Folder,
+    reference: Folder,
+    prompts: Sequence[str] | None = None,
+    token: str = "",
+) -> list[Score]:
+    """Score one folder against another with one encoder.
+
+    Args:
+        encoder: see `load_encoder`.
+        generated: generated pictures.
+        reference: at least two real ones.
+        prompts: prompt of each generated picture; gives text similarity and intervals over prompts.
+        token: rare token that is left out of the prompts for text similarity.
+
+    Returns:
+        Image similarity, its ceiling (real against real), nearest real picture (generated and real), and text
+        similarity where there are prompts and the encoder reads texts.
+    """
+    ours = encoder.embed_images(generated.images)
+    real = encoder.embed_images(reference.images)
+    groups = list(prompts) if prompts is not None else list(generated.names)
+    nearest, nearest_real = metrics.copy_score(ours, real)
+    image, name = metrics.image_similarity(ours, real), encoder.image_score
+    scores = [
+        _score(name, image, "image_similarity", encoder, groups),
+        _score(f"{name}, real against real", metrics.ceiling(real), "ceiling", encoder, None),
+        _score(f"{name}, nearest real", nearest, "copy_score", encoder, groups),
+        _score(f"{name}, nearest, real to real", nearest_real, "copy_score", encoder, None),
+    ]
+    if prompts is not None and encoder.text_score is not None:
+        texts = encoder.embed_texts([without_token(prompt, token) for prompt in prompts])
+        text = metrics.text_similarity(ours, texts)
+        scores.append(_score(encoder.text_score, text, "text_similarity", encoder, groups))
+    return scores
+
+
+def table(scores: Sequence[Score]) -> str:
+    """A line for each score, and a line for each encoder saying what the numbers depend on."""
+    width = max(len(score.name) for score in scores)
+    lines = [f"{'score':<{width}}  {'mean':>7}  {'95 % interval':>16}  pictures  metric"]
+    for score in scores:
+        interval = "" if score.interval is None else "{:.4f} {:.4f}".format(*score.interval)
+        lines.append(
+            f"{score.name:<{width}}  {score.mean:7.4f}  {interval:>16}  {score.count:8d}  {score.metric}"
+        )
+    lines.append("")
+    for name in dict.fromkeys(score.encoder for score in scores):
+        first = next(score for score in scores if score.encoder == name)
+        lines.append(f"{name}: weights {first.weights_sha256[:16]}, {first.preprocessing}")
+    return "\n".join(lines)
