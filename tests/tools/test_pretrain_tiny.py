@@ -17,6 +17,8 @@ from tools.pretrain_tiny import (
     decoder_start,
     objects,
     stages,
+    unet,
+    unet_start,
     world,
 )
 
@@ -103,6 +105,44 @@ def test_a_decoder_that_cannot_tell_parity_fails(fault: Callable[[torch.nn.Modul
     with torch.no_grad():
         found = model.decode(latents).sample
     assert float((found - images).abs().mean()) > 0.05
+
+
+def _copy_error(groups: int) -> float:
+    """Relative error of the written copy on fresh noise, with so many groups in every normalization."""
+    torch.manual_seed(0)
+    model = unet.build(groups)
+    unet_start.write_copy(model)
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(16, autoencoder.CHANNELS, 8, 8, generator=generator)
+    words = torch.randn(16, 5, model.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        copied = model(noise, torch.full((16,), 700), words).sample
+    return float((copied - noise).norm() / noise.norm())
+
+
+def test_the_network_starts_by_copying_its_input() -> None:
+    """Whatever the prompt and the noise level: to 1.1 % (measured), far below the 7 % of signal in the last step."""
+    assert _copy_error(unet.GROUPS) < 0.02
+
+
+def test_a_copy_through_small_groups_fails() -> None:
+    """The usual 32 groups divide by a deviation of few numbers: the law above can fail (measured 6 %)."""
+    assert _copy_error(32) > 0.04
+
+
+def test_the_loss_asks_for_the_velocity() -> None:
+    """With v = sqrt(a) eps - sqrt(1 - a) x0, an error d of eps at fixed input is an error d / sqrt(a) of v."""
+    alphas = unet.scheduler().alphas_cumprod.double()
+    weights = unet.loss_weights(alphas)
+    assert float(weights.mean()) == pytest.approx(1)
+    clean, noise, wrong = torch.tensor([0.3, -1.2, 0.5], dtype=torch.float64)
+    for step in (0, 300, 879):
+        a = alphas[step]
+        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        guess = (noisy - (1 - a).sqrt() * wrong) / a.sqrt()  # the picture that goes with `wrong`
+        v_error = a.sqrt() * (wrong - noise) - (1 - a).sqrt() * (guess - clean)
+        ratio = (wrong - noise).square() * weights[step] / v_error.square()
+        assert float(ratio) == pytest.approx(float(1 / (1 / alphas).mean()))
 
 
 def _toy_world() -> world.World:

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from eval.encoders.registry import load_effnet
 from tools.pretrain_tiny import (
     autoencoder,
     backgrounds,
@@ -105,7 +106,6 @@ def write_card(directory: Path, numbers: dict[str, float]) -> None:
         name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M"
         for name, part in (("unet", pipe.unet), ("vae", pipe.vae), ("text", pipe.text_encoder))
     }
-    phases = ", ".join(f"{name} from step {first:,}" for name, first in unet.PHASES)
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     text = template.format(
         **numbers,
@@ -116,7 +116,6 @@ def write_card(directory: Path, numbers: dict[str, float]) -> None:
         clip_batch=clip.BATCH,
         unet_steps=unet.STEPS,
         unet_batch=unet.BATCH,
-        phases=phases,
         held_out=stages.HELD_OUT_COUNT,
         sampler_steps=SAMPLER_STEPS,
         guidance=GUIDANCE,
@@ -144,7 +143,7 @@ def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
     color_right = np.mean(
         [backgrounds.nearest_color(i) == c for i, c in zip(images, colors, strict=True)]
     )
-    model = judge.load_judge()
+    model = load_effnet()
     all_names, references = reference_features(raw, model)
     ranks = (judge.embed(model, images) @ references.T).argsort(1, descending=True)
     top5 = np.mean([n in [all_names[j] for j in r[:5]] for n, r in zip(nouns, ranks, strict=True)])

@@ -17,9 +17,8 @@ log = logging.getLogger("pretrain_tiny")
 
 # name -> variation, pictures, seed
 WORLDS = {
-    "wide": (world.WIDE, 120_000, 1),
-    "calm": (world.CALM, 60_000, 3),
-    "aligned": (world.ALIGNED, 40_000, 4),
+    "wide": (world.WIDE, 20_000, 1),
+    "steady": (world.STEADY, 100_000, 5),
 }
 HELD_OUT_COUNT = 512
 HELD_OUT_SEED = 2
