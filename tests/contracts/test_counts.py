@@ -23,6 +23,7 @@ MINIMUM = {
     "adapter_file": 6,
     "trainer": 12,
     "diffusion": 20,
+    "eval": 25,
 }
 """Test functions of a module, its laws included; a parametrized one counts once."""
 
@@ -47,8 +48,8 @@ def functions_of(path: Path) -> list[str]:
 
 
 def units() -> list[str]:
-    """Modules and folders of dreamrie that hold code."""
-    found = {unit_of(path) for path in PACKAGE.rglob("*.py")}
+    """Modules and folders of dreamrie that hold code, and the scores."""
+    found = {unit_of(path) for folder in (PACKAGE, ROOT / "eval") for path in folder.rglob("*.py")}
     return sorted(found - WITHOUT_TESTS)
 
 
