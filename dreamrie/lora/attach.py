@@ -92,23 +92,48 @@ def attach_lora(
         init_lora_weights={"default": True, "gaussian": "gaussian"}.get(init, False),
     )
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with _seeded(model, seed):
-        _inject(model, config, adapter_name)
-    pairs = lora_pairs(model, adapter_name)
-    if sorted(pair.name for pair in pairs) != sorted(layers):
-        raise ConfigError(
-            f"PEFT adapted {len(pairs)} layers where {len(layers)} match {target_modules!r}; "
-            "name the layers by their full paths."
-        )
-    for pair in pairs:
-        # PEFT builds the dropout in train mode even inside a model in eval mode.
-        pair.module.train(layers[pair.name].training)
-    if init not in ("default", "gaussian"):
-        for index, pair in enumerate(pairs):
-            _set_start(pair, ranks[pair.name], init, alpha, generator, seed + index)
+    with contextlib.ExitStack() as undo:
+        undo.callback(_put_back, model, layers, adapter_name, _trainable(model))
+        with _seeded(model, seed):
+            _inject(model, config, adapter_name)
+        pairs = lora_pairs(model, adapter_name)
+        if sorted(pair.name for pair in pairs) != sorted(layers):
+            raise ConfigError(
+                f"PEFT adapted {len(pairs)} layers where {len(layers)} match {target_modules!r}; "
+                "name the layers by their full paths."
+            )
+        for pair in pairs:
+            # PEFT builds the dropout in train mode even inside a model in eval mode.
+            pair.module.train(layers[pair.name].training)
+        if init not in ("default", "gaussian"):
+            for index, pair in enumerate(pairs):
+                _set_start(pair, ranks[pair.name], init, alpha, generator, seed + index)
+        undo.pop_all()
     if init == "orthonormal" and not with_anchor:
         _log.warning("start without anchor: the function of the model changes at step 0")
     return pairs
+
+
+def _trainable(model: nn.Module) -> dict[str, bool]:
+    """Whether each parameter requires a gradient."""
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def _put_back(
+    model: nn.Module, layers: dict[str, nn.Module], adapter_name: str, trainable: dict[str, bool]
+) -> None:
+    """Undo an injection that failed half-way: a model is adapted completely or not at all."""
+    for name, module in layers.items():
+        model.set_submodule(name, module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    books: Any = model
+    if adapter_name in getattr(model, "peft_config", {}):
+        del books.peft_config[adapter_name]
+        if not books.peft_config:
+            del books.peft_config
+    if hasattr(model, "_hf_peft_config_loaded") and not hasattr(model, "peft_config"):
+        books._hf_peft_config_loaded = False
 
 
 def _check_settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+import dreamrie.lora.attach as attach_module
 from dreamrie.errors import ConfigError
 from dreamrie.lora import attach_lora, lora_pairs
 from tests.margins import within
 from tests.reference import nets
+from tests.small_models import small_unet
 from tests.strategies import noise
 
 
@@ -39,6 +42,39 @@ def test_copies_and_pickles_stay_anchored() -> None:
         assert [pair.anchor_rank for pair in again] == [2, 2, 2]
         assert torch.equal(again[0].left, pairs[0].left)
         assert again[0].left is not pairs[0].left
+
+
+def _unet() -> nn.Module:
+    return small_unet("sd2-eps")
+
+
+@pytest.mark.parametrize("make", [nets.net, _unet], ids=["plain", "diffusers"])
+def test_a_model_is_adapted_completely_or_not_at_all(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that fails at the second layer leaves modules, gradient flags and PEFT's books as they were."""
+    model = make()
+    targets = nets.TARGETS if make is nets.net else ["to_q", "to_k"]
+    next(model.parameters()).requires_grad_(False)
+    before = {name: id(module) for name, module in model.named_modules()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    real, calls = attach_module._set_start, []
+
+    def fail_at_the_second(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("no start")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attach_module, "_set_start", fail_at_the_second)
+        with pytest.raises(torch.linalg.LinAlgError, match="no start"):
+            attach_lora(model, 2, targets)
+    assert len(calls) == 2
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not hasattr(model, "peft_config")
+    assert len(attach_lora(model, 2, targets)) > 2
 
 
 def test_starts_are_reproducible_and_differ_between_layers() -> None:

@@ -18,8 +18,8 @@ from tools.pretrain_tiny import autoencoder, clip, stages, text, unet_start
 log = logging.getLogger("pretrain_tiny")
 
 BATCH = 64
-STEPS = 10_200
-DECAY_STEPS = 5_000
+STEPS = 9_400
+DECAY_STEPS = 4_700
 UNIFORM_STEPS = 3_000
 PEAK_LR = 1e-3
 EMA_DECAY = 0.999
