@@ -19,7 +19,8 @@ from eval import encoders, pictures, scoring
 _DEFAULT = "effnet-lite2,tiny-clip"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser("score", help="score pictures that exist already")
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code.
     """
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     try:
         print(score(options))
     except DreamrieError as error:

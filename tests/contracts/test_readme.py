@@ -8,6 +8,8 @@ import shlex
 import pytest
 
 from dreamrie.config import parse_config
+from eval.__main__ import make_parser
+from eval.encoders import NAMES
 from tests.contracts.sources import ROOT
 from tests.contracts.test_counts import TESTS, functions_of
 
@@ -62,6 +64,15 @@ def test_each_training_command_is_accepted() -> None:
     for words in trainings:
         config = parse_config(words[words.index("train_dreambooth.py") + 1 :])
         assert config.adapter.rank > 0
+
+
+def test_each_scoring_command_is_accepted() -> None:
+    """The command lines of the scores parse, and name encoders that exist."""
+    scorings = [words for words in commands() if words[1:3] == ["-m", "eval"]]
+    assert scorings
+    for words in scorings:
+        options = make_parser().parse_args(words[3:])
+        assert set(options.encoders.split(",")) <= set(NAMES)
 
 
 def test_each_flag_in_the_prose_exists() -> None:
