@@ -121,13 +121,13 @@ def _copy_error(groups: int) -> float:
 
 
 def test_the_network_starts_by_copying_its_input() -> None:
-    """Whatever the prompt and the noise level: to 1.1 % (measured), far below the 7 % of signal in the last step."""
-    assert _copy_error(unet.GROUPS) < 0.02
+    """Whatever the prompt and the noise level: to 1.6 % (measured), far below the 7 % of signal in the last step."""
+    assert _copy_error(unet.GROUPS) < 0.03
 
 
 def test_a_copy_through_small_groups_fails() -> None:
-    """The usual 32 groups divide by a deviation of few numbers: the law above can fail (measured 6 %)."""
-    assert _copy_error(32) > 0.04
+    """The usual 32 groups divide by a deviation of few numbers: the law above can fail (measured 11 %)."""
+    assert _copy_error(32) > 0.07
 
 
 def test_the_loss_asks_for_the_velocity() -> None:

@@ -116,6 +116,7 @@ def write_card(directory: Path, numbers: dict[str, float]) -> None:
         clip_batch=clip.BATCH,
         unet_steps=unet.STEPS,
         unet_batch=unet.BATCH,
+        uniform_steps=unet.UNIFORM_STEPS,
         held_out=stages.HELD_OUT_COUNT,
         sampler_steps=SAMPLER_STEPS,
         guidance=GUIDANCE,

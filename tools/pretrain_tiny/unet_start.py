@@ -1,8 +1,8 @@
 """A U-Net that starts by copying: before training it predicts that all of the picture is noise.
 
-Epsilon prediction asks for the noise to a few per mille where nearly all is noise: what is left of it there is the picture that
+Epsilon prediction asks for the noise to about a percent where nearly all is noise: what is left of it there is the picture that
 the prompt decides. The normalization before the last convolution divides by a standard deviation that is estimated from
-the very noise to be copied, so with few numbers in a group the copy is off by several percent. Large groups and the exact path
+the very noise to be copied, so with few numbers in a group the copy is off by ten percent. Large groups and the exact path
 that is written here leave the network to learn the picture only: silu(x) - silu(-x) = x.
 """
 
