@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import subprocess
 import sys
 import tomllib
@@ -95,3 +96,17 @@ def test_the_assets_are_there() -> None:
     """The embedded pipeline is part of the checkout."""
     assert (PACKAGE / "assets" / "tiny-sd" / "model_index.json").is_file()
     assert Path(PACKAGE / "py.typed").is_file()
+
+
+def test_the_assets_are_those_of_the_list() -> None:
+    """P6: SHA256SUMS names every file of the two models, and each has the hash that stands there."""
+    assets = PACKAGE / "assets"
+    lines = (assets / "SHA256SUMS").read_text("utf-8").splitlines()
+    listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    files = [p for p in assets.rglob("*") if p.is_file() and p.parent != assets]
+    found = {
+        path.relative_to(assets).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+    assert len(found) >= 12
+    assert listed == found

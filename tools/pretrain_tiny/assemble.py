@@ -66,7 +66,8 @@ def _save_clip(work: Path, directory: Path) -> None:
 
 
 def _write_checksums(target: Path) -> None:
-    files = sorted(p for p in target.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
+    # The card beside the two folders is written later, with the numbers.
+    files = sorted(p for p in target.rglob("*") if p.is_file() and p.parent != target)
     lines = [
         f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(target).as_posix()}"
         for p in files
