@@ -14,7 +14,13 @@ from pathlib import Path
 
 from dreamrie.errors import ConfigError, DreamrieError
 from dreamrie.files import write_atomic
-from eval import encoders, pictures, scoring
+
+try:
+    from eval import encoders, pictures, scoring
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f'python -m eval needs the package {error.name}: pip install -e ".[eval]" in the checkout.'
+    ) from error
 
 _DEFAULT = "effnet-lite2,tiny-clip"
 
@@ -33,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--token", default="", help="rare token, left out of the prompts for text similarity"
     )
     score.add_argument(
-        "--encoders", default=_DEFAULT, help=f"names of {', '.join(encoders.NAMES)}; {_DEFAULT}"
+        "--encoders",
+        default=_DEFAULT,
+        help=f"names of {', '.join(encoders.NAMES)}; default {_DEFAULT}",
     )
     score.add_argument(
         "--weights", action="append", default=[], metavar="NAME=FILE", help="weights from a file"
@@ -55,6 +63,20 @@ def _load(names: str, weights: Sequence[str]) -> list[encoders.Encoder]:
     return [encoders.load_encoder(name, files.get(name)) for name in dict.fromkeys(wanted)]
 
 
+def _check_token(token: str, prompts: Sequence[str] | None) -> None:
+    """A token that is left out of nothing is a mistake, not a score."""
+    if not token:
+        return
+    if prompts is None:
+        raise ConfigError(f"--token {token!r} is left out of prompts: give them with --prompts.")
+    if not any(pictures.without_token(prompt, token) != prompt for prompt in prompts):
+        raise ConfigError(
+            f"--token {token!r} stands in none of the prompts, such as {prompts[0]!r}."
+        )
+    if not all(pictures.without_token(prompt, token) for prompt in prompts):
+        raise ConfigError(f"--token {token!r} is all that one of the prompts says.")
+
+
 def score(options: argparse.Namespace) -> str:
     """Run `score`.
 
@@ -68,6 +90,7 @@ def score(options: argparse.Namespace) -> str:
     generated = pictures.read_folder(options.generated, 1)
     reference = pictures.read_folder(options.reference, 2)
     prompts = pictures.read_prompts(options.prompts, generated.names) if options.prompts else None
+    _check_token(options.token, prompts)
     scores = [
         entry
         for encoder in _load(options.encoders, options.weights)

@@ -18,7 +18,6 @@ VERSIONS = {
     "text_similarity": 1,
     "ceiling": 1,
     "copy_score": 1,
-    "drift": 1,
 }
 _NORM_TOLERANCE = 1e-3
 
@@ -115,25 +114,6 @@ def copy_score(generated: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     return (left @ right.T).amax(1), own.amax(1)
 
 
-def drift(base: Tensor, adapted: Tensor) -> Tensor:
-    """(1 - cosine) / 2 between the pictures of the base and the adapted model from the same prompt and seed.
-
-    Args:
-        base: (n, d).
-        adapted: (n, d), in the same order.
-
-    Returns:
-        (n,) in [0, 1]; 0 if the adapter changed nothing.
-
-    Raises:
-        ConfigError: unequal numbers, empty or not normalized. NumericalError: a value that is not finite.
-    """
-    left, right = _check("base", base), _check("adapted", adapted)
-    if left.shape != right.shape:
-        raise ConfigError(f"drift compares pairs: {len(left)} base and {len(right)} adapted.")
-    return (1 - (left * right).sum(1)) / 2
-
-
 def bootstrap_interval(
     values: Tensor,
     groups: Sequence[str],
@@ -152,7 +132,7 @@ def bootstrap_interval(
         seed: of the draws.
 
     Returns:
-        Lower and upper end for the mean of the groups' means.
+        Lower and upper end for the mean over all pictures.
 
     Raises:
         ConfigError: numbers of values and groups differ, or there are fewer than two groups.
@@ -164,9 +144,11 @@ def bootstrap_interval(
             f"{len(groups)} places of {len(names)} groups."
         )
     rows = torch.tensor([names.index(group) for group in groups])
-    means = torch.stack([values[rows == index].double().mean() for index in range(len(names))])
+    sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, rows, values.double())
+    counts = torch.bincount(rows, minlength=len(names)).double()
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(names), (samples, len(names)), generator=generator)
     tail = (1 - level) / 2
-    ends = torch.quantile(means[draws].mean(1), torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    ends = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return float(ends[0]), float(ends[1])

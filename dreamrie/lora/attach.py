@@ -49,7 +49,7 @@ def attach_lora(
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[LoraPair]:
-    """Add a LoRA to every matching layer; the output of the model does not change.
+    """Add a LoRA to every matching layer; the output does not change, except with `anchored=False`.
 
     An anchored layer is one PEFT LoRA of rank 2r with scaling 1. If 2r exceeds the smaller side of
     a layer, its r is lowered to half of that side (logged), so that the layout fits.
@@ -126,7 +126,7 @@ def _put_back(
     for name, module in layers.items():
         model.set_submodule(name, module)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
+        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
     books: Any = model
     if adapter_name in getattr(model, "peft_config", {}):
         del books.peft_config[adapter_name]

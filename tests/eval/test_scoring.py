@@ -81,6 +81,7 @@ def test_the_command_prints_and_records_what_each_number_depends_on(
         (["--weights", "dino"], "expected NAME=FILE"),
         (["--weights", "tiny-clip=/nowhere"], "there is no weights file"),
         (["--prompts", "/nowhere.jsonl"], "there is no file"),
+        (["--token", "sks"], "give them with --prompts"),
         (["--generated", "/nowhere"], "does not exist"),
     ],
 )
@@ -93,6 +94,18 @@ def test_a_wrong_command_line_is_one_message(
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""
+
+
+def test_a_token_that_is_left_out_of_nothing_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt token, and a prompt that is nothing else."""
+    ours, real = write_pictures(tmp_path / "a", 1), write_pictures(tmp_path / "b", 2)
+    (tmp_path / "p.jsonl").write_text('{"file_name": "0.png", "prompt": "sks"}', encoding="utf-8")
+    flags = ["score", "--generated", str(ours), "--reference", str(real)]
+    for token, said in (("skz", "in none of the prompts"), ("sks", "is all that one")):
+        assert command.main([*flags, "--prompts", str(tmp_path / "p.jsonl"), "--token", token]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_an_unknown_encoder_is_a_config_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timm
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
@@ -111,6 +112,11 @@ def _flip(source: dict[str, Tensor], layers: int, prefix: str) -> dict[str, Tens
 def round_trip(twin: CLIPModel) -> dict[str, Tensor]:
     """The text tower of a CLIPModel under open_clip's names, by the code that loads the embedded one."""
     return text_state(dict(twin.text_model.state_dict()), 12)
+
+
+def vision_transformer(architecture: str) -> nn.Module:
+    """The timm network of a DINO encoder with random weights: class token out, 224 pixels in."""
+    return timm.create_model(architecture, pretrained=False, num_classes=0, img_size=224)
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:

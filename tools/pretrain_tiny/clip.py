@@ -81,7 +81,7 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
 
 
 def load(work: Path) -> open_clip.CLIP:
-    """The trained tiny CLIP with the full context of 77; positions never trained keep a small fixed value."""
+    """The trained tiny CLIP with the full context of 77; positions beyond TRAIN_CONTEXT repeat the last one."""
     state = torch.load(work / "clip.pt", weights_only=True)["model"]
     model = build(CONTEXT)
     position = torch.zeros(CONTEXT, TEXT["width"])

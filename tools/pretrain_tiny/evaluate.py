@@ -166,7 +166,10 @@ def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
         f"{world.with_article(nouns[2 * i])} next to {world.with_article(nouns[2 * i + 1])}"
         for i in range(8)
     ]
-    twos = [f"two {world.plural(nouns[i])} on a {colors[i]} background" for i in range(6)]
+    twos = [
+        f"two {world.plural(nouns[i])} on {world.with_article(colors[i])} background"
+        for i in range(6)
+    ]
     more = draw(pipe, scenes + pairs + twos, 2000)
     sheet(more, 12).save(output / "contact_sheet_scenes.jpg", quality=88)
     write_card(directory, numbers)

@@ -45,7 +45,7 @@ def rendered(work: Path, raw: Path, name: str) -> tuple[np.ndarray, list[str]]:
 
 
 def held_out(raw: Path) -> tuple[torch.Tensor, list[str]]:
-    """Pictures of the same world that no stage trains on, in [-1, 1], (n, 3, 64, 64)."""
+    """Pictures of the wide world that no stage trains on, in [-1, 1], (n, 3, 64, 64)."""
     pixels, captions = world.render(
         world.make_world(raw, world.WIDE), HELD_OUT_COUNT, HELD_OUT_SEED
     )

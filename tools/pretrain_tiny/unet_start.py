@@ -19,7 +19,7 @@ def _center(layer: nn.Conv2d) -> torch.Tensor:
 
 @torch.no_grad()
 def write_copy(model: UNet2DConditionModel) -> None:
-    """Make the output of an untrained model its noisy input, whatever the prompt and the noise level.
+    """Make the output of an untrained model nearly its noisy input, whatever the prompt and the noise level.
 
     Args:
         model: of equal input and output channels n, first width at least 2 n, and one group in its normalizations.
@@ -47,6 +47,6 @@ def write_copy(model: UNet2DConditionModel) -> None:
         (64, channels, 8, 8), generator=torch.Generator().manual_seed(0)
     )  # what the last steps see
     words = torch.zeros(64, 1, model.config.cross_attention_dim)
-    copied = model(noise, torch.full((64,), 999), words).sample
+    copied = model(noise, torch.zeros(64), words).sample
     gain = (copied * noise).sum() / copied.square().sum()
     model.conv_out.weight.mul_(gain)

@@ -125,7 +125,7 @@ def place(
 
 
 def with_article(noun: str) -> str:
-    """'an owl', 'a cat', and mass or plural names unchanged."""
+    """'an owl', 'a cat', by the first letter alone."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
