@@ -22,7 +22,7 @@ TRAIN_CONTEXT = (
 BATCH = 128
 STEPS = 1_000
 PEAK_LR = 1.5e-3
-TOKEN_STD = 0.5  # open_clip starts at 0.02: words then differ in few directions, and the U-Net cannot tell nouns apart
+TOKEN_STD = 0.5  # open_clip starts at 0.02: words then differ in few directions only
 POSITION_STD = 0.1
 
 EMBED_DIM = 96

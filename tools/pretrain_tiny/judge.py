@@ -1,4 +1,4 @@
-"""The judge of the toy model: a pretrained EfficientNet-Lite2 from PyPI that has seen neither the world nor the model."""
+"""How the judge of the toy model, a pretrained EfficientNet-Lite2 that has seen neither world nor model, sees it."""
 
 from __future__ import annotations
 

@@ -66,11 +66,11 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def cached_latents(work: Path, raw: Path, name: str) -> np.ndarray:
-    """Scaled latents of all pictures of a world, fp16 (n, 32, 8, 8), memory-mapped; computed once."""
-    path = work / f"latents-{name}.npy"
+def cached_latents(work: Path, raw: Path) -> np.ndarray:
+    """Scaled latents of all pictures of the steady world, fp16 (n, 32, 8, 8), memory-mapped; computed once."""
+    path = work / "latents-steady.npy"
     if not path.exists():
-        pixels, _ = stages.rendered(work, raw, name)
+        pixels, _ = stages.rendered(work, raw, "steady")
         model = autoencoder.build()
         autoencoder.write_encoder(model, autoencoder.patch_code(work, raw))
         latents = np.empty((len(pixels), autoencoder.CHANNELS, 8, 8), dtype=np.float16)
@@ -166,7 +166,7 @@ def train(work: Path, raw: Path, steps: int = STEPS) -> None:
     )
     progress = stages.Progress(work / "unet.pt", model=model, average=mean, optimizer=optimizer)
     compiled = torch.compile(model)  # 1.4 times as fast on two cores; needs a C++ compiler
-    latents = cached_latents(work, raw, "steady")
+    latents = cached_latents(work, raw)
     conditions = Conditions(work, stages.rendered(work, raw, "steady")[1])
     alphas = scheduler().alphas_cumprod
     weights = loss_weights(alphas)
