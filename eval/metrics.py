@@ -18,6 +18,10 @@ VERSIONS = {
     "text_similarity": 1,
     "ceiling": 1,
     "copy_score": 1,
+    "prior_drift": 1,
+    "prompt_retrieval": 1,
+    "diversity": 1,
+    "background_color": 1,
 }
 _NORM_TOLERANCE = 1e-3
 
@@ -112,6 +116,49 @@ def copy_score(generated: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     own = right @ right.T
     own.fill_diagonal_(-torch.inf)
     return (left @ right.T).amax(1), own.amax(1)
+
+
+def prior_drift(base: Tensor, adapted: Tensor) -> Tensor:
+    """How far pictures of unrelated prompts moved: (1 - cosine) / 2 of two pictures of one prompt and seed.
+
+    Args:
+        base: (n, d), of the base model.
+        adapted: (n, d), row i has the prompt and seed of row i of `base`.
+
+    Returns:
+        (n,) in [0, 1]; 0 where nothing moved.
+
+    Raises:
+        ConfigError: unequal numbers, an empty or not normalized side. NumericalError: a value that is not finite.
+    """
+    left, right = _check("base", base), _check("adapted", adapted)
+    if left.shape != right.shape:
+        raise ConfigError(
+            f"each picture needs its counterpart: {len(left)} of the base model, {len(right)} adapted."
+        )
+    return (1 - (left * right).sum(1)) / 2
+
+
+def prompt_retrieval(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tensor:
+    """Whether a picture is nearer to its own prompt than to any other prompt of the set.
+
+    Args:
+        images: (n, d).
+        texts: (k, d), every different prompt once.
+        own: row of `texts` that belongs to each picture.
+
+    Returns:
+        (n,), 1 or 0; its mean is the share of pictures that are recognized.
+
+    Raises:
+        ConfigError: numbers differ, fewer than two prompts, not normalized. NumericalError: not finite.
+    """
+    left, right = _check("images", images), _check("texts", texts, 2)
+    if len(own) != len(left):
+        raise ConfigError(
+            f"each picture needs its own prompt: {len(left)} pictures, {len(own)} rows."
+        )
+    return ((left @ right.T).argmax(1) == torch.tensor(list(own))).double()
 
 
 def bootstrap_interval(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,22 +19,41 @@ class Score:
     Attributes:
         name: as printed, for instance `DINO` or `tiny-clip text`.
         mean: over pictures. interval: 95 %, drawn over prompts, or None for a mean over real pictures.
-        count: pictures. metric: name and version. encoder, weights_sha256, preprocessing: see `Encoder`.
+        values: the single scores by file name, before any averaging.
+        metric: name and version. encoder, weights_sha256, preprocessing: see `Encoder`.
     """
 
     name: str
     mean: float
     interval: tuple[float, float] | None
-    count: int
+    values: Mapping[str, float]
     metric: str
     encoder: str
     weights_sha256: str
     preprocessing: str
 
 
-def _score(
-    name: str, values: Tensor, metric: str, encoder: Encoder, groups: Sequence[str] | None
+def make_score(
+    name: str,
+    values: Tensor,
+    of: Sequence[str],
+    metric: str,
+    encoder: Encoder,
+    groups: Sequence[str] | None,
 ) -> Score:
+    """Summarize the single values of a metric.
+
+    Args:
+        name: as printed.
+        values: (n,).
+        of: what each value belongs to, mostly a file name.
+        metric: key of `metrics.VERSIONS`.
+        encoder: what the values were computed with.
+        groups: prompt of each value, over which the interval is drawn; None: no interval.
+
+    Returns:
+        The score.
+    """
     interval = None
     if groups is not None and len(set(groups)) > 1:
         interval = metrics.bootstrap_interval(values, groups)
@@ -42,7 +61,7 @@ def _score(
         name,
         float(values.mean()),
         interval,
-        len(values),
+        dict(zip(of, values.tolist(), strict=True)),
         f"{metric} v{metrics.VERSIONS[metric]}",
         encoder.name,
         encoder.weights_sha256,
@@ -76,15 +95,32 @@ def score_folders(
     nearest, nearest_real = metrics.copy_score(ours, real)
     image, name = metrics.image_similarity(ours, real), encoder.image_score
     scores = [
-        _score(name, image, "image_similarity", encoder, groups),
-        _score(f"{name}, real against real", metrics.ceiling(real), "ceiling", encoder, None),
-        _score(f"{name}, nearest real", nearest, "copy_score", encoder, groups),
-        _score(f"{name}, nearest, real to real", nearest_real, "copy_score", encoder, None),
+        make_score(name, image, generated.names, "image_similarity", encoder, groups),
+        make_score(
+            f"{name}, real against real",
+            metrics.ceiling(real),
+            reference.names,
+            "ceiling",
+            encoder,
+            None,
+        ),
+        make_score(
+            f"{name}, nearest real", nearest, generated.names, "copy_score", encoder, groups
+        ),
+        make_score(
+            f"{name}, nearest, real to real",
+            nearest_real,
+            reference.names,
+            "copy_score",
+            encoder,
+            None,
+        ),
     ]
     if prompts is not None and encoder.text_score is not None:
         texts = encoder.embed_texts([without_token(prompt, token) for prompt in prompts])
         text = metrics.text_similarity(ours, texts)
-        scores.append(_score(encoder.text_score, text, "text_similarity", encoder, groups))
+        of = generated.names
+        scores.append(make_score(encoder.text_score, text, of, "text_similarity", encoder, groups))
     return scores
 
 
@@ -95,7 +131,7 @@ def table(scores: Sequence[Score]) -> str:
     for score in scores:
         interval = "" if score.interval is None else "{:.4f} {:.4f}".format(*score.interval)
         lines.append(
-            f"{score.name:<{width}}  {score.mean:7.4f}  {interval:>16}  {score.count:8d}  {score.metric}"
+            f"{score.name:<{width}}  {score.mean:7.4f}  {interval:>16}  {len(score.values):8d}  {score.metric}"
         )
     lines.append("")
     for name in dict.fromkeys(score.encoder for score in scores):
