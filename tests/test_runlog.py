@@ -50,7 +50,7 @@ def test_records_are_one_json_object_a_line(tmp_path: Path) -> None:
         log.spectrum(3, point={"layer": [2.0, 1.0]}, change={"layer": [0.5, 0.0]})
     assert lines(tmp_path / "a" / "b" / "metrics.jsonl") == [
         STEP,
-        {"step": 3, "validation": {"similarity": 0.5}},
+        {"step": 3, "scores": {"similarity": 0.5}},
     ]
     assert lines(tmp_path / "a" / "b" / "spectrum.jsonl") == [
         {"step": 3, "point": {"layer": [2.0, 1.0]}, "change": {"layer": [0.5, 0.0]}}
@@ -237,7 +237,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.25)]
-    assert [e.value for e in events.Scalars("validation/similarity")] == [0.5]
+    assert [e.value for e in events.Scalars("scores/similarity")] == [0.5]
     assert [e.step for e in events.Scalars("lr")] == [3, 4]
     assert [e.value for e in events.Scalars("steps_per_s")] == [7.5, 7.5]
 

@@ -82,11 +82,11 @@ def test_validation_at_the_start_on_the_way_and_at_the_end(tmp_path: Path) -> No
         task = SmallTask()
         outcome = train_small(loop, tmp_path, task, validation_steps=every)
         assert task.validated == steps
-        scores = [record for record in outcome.records if "validation" in record]
+        scores = [record for record in outcome.records if "scores" in record]
         assert [record["step"] for record in scores] == steps
         if steps:
-            assert scores[0]["validation"]["size"] == pytest.approx(0, abs=1e-12)
-            assert scores[-1]["validation"]["size"] > 1e-3
+            assert scores[0]["scores"]["size"] == pytest.approx(0, abs=1e-12)
+            assert scores[-1]["scores"]["size"] > 1e-3
         assert task.model.training  # the task had switched to evaluation
 
 

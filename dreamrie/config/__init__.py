@@ -14,7 +14,6 @@ from dreamrie.config.reading import (
     parse_config,
 )
 from dreamrie.config.schema import (
-    GROUPS,
     AdapterSettings,
     DataSettings,
     ModelSettings,
@@ -23,10 +22,11 @@ from dreamrie.config.schema import (
     PriorSettings,
     RunSettings,
     ScheduleSettings,
-    TrainConfig,
+    ScoreSettings,
     ValidationSettings,
 )
 from dreamrie.config.text import parse_yaml, to_yaml
+from dreamrie.config.train_config import GROUPS, TrainConfig
 
 __all__ = [
     "GROUPS",
@@ -38,6 +38,7 @@ __all__ = [
     "PriorSettings",
     "RunSettings",
     "ScheduleSettings",
+    "ScoreSettings",
     "TrainConfig",
     "ValidationSettings",
     "build_parser",

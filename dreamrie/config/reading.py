@@ -14,8 +14,8 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dreamrie.config.schema import GROUPS, TrainConfig
 from dreamrie.config.text import message, parse_yaml
+from dreamrie.config.train_config import GROUPS, TrainConfig
 from dreamrie.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -1,38 +1,18 @@
 """What can be set, with type, range, default and one sentence each; the command line is made from this.
 
 Types are strict: `true` is not a number, `"7"` is not 7, NaN and infinity are never accepted. `None` as a default means
-that the value follows from the others, and `TrainConfig.resolved` fills it in. What stays None does not apply (the
-momentum of AdamW, a Hub revision); only the resolution waits for the model, see `TrainConfig.with_resolution`.
+that the value follows from the others, and `TrainConfig.resolved` fills it in.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 # lora_B = 0: rank zero, a start that only factor-wise optimizers can leave.
 PLAIN_INITS = ("default", "gaussian", "orthogonal")
-# These have a momentum of their own; AdamW and its relatives keep torch's betas.
-MOMENTUM_OPTIMIZERS = ("riemannion", "muon")
-DEFAULT_LEARNING_RATE = {
-    "riemannion": 1e-3,
-    "adamw": 1e-4,
-    "loraplus": 1e-4,
-    "scaledgd": 1e-4,
-    "muon": 1e-3,
-}
-# The embedded model's scores on its model card were measured at 4.
-EMBEDDED_GUIDANCE, USUAL_GUIDANCE = 4.0, 7.5
-# These do nothing without another setting, so giving one alone is a mistake.
-PRIOR_ONLY = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
-LOI_ONLY = ("loi_batches", "loi_estimator")
-
-
-def usual_init(optimizer: str) -> str:
-    """Start that goes with an optimizer; PEFT's default one and a factor-wise optimizer are the usual LoRA."""
-    return "loi" if optimizer == "riemannion" else "default"
 
 
 def _no_blank(value: object) -> object:
@@ -217,6 +197,39 @@ class ValidationSettings(Group):
     )
 
 
+class ScoreSettings(Group):
+    """Scores on the way, and the best adapter by them; needs the packages of the eval extra."""
+
+    score_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="score before training, every so many steps, and at the end, and keep the best adapter in "
+        "best/; 0: no scores",
+    )
+    score_images: Annotated[int, Field(ge=4)] = Field(
+        16, description="pictures per scoring, on prompts and seeds that stay the same"
+    )
+    score_prompts: Text | None = Field(
+        None,
+        description="prompt set by name (objects, living, embedded) or a file of prompts with {subject}; "
+        "default objects, for the embedded model embedded",
+    )
+    score_encoders: Texts | None = Field(
+        None,
+        description="encoders by name, weights from a file as NAME=FILE; default dino clip, for the "
+        "embedded model effnet-lite2-64 tiny-clip",
+    )
+    score_inference_steps: Count | None = Field(
+        None,
+        description="sampling steps of a scored picture; default 25, for the embedded model 10",
+    )
+    token: Text | None = Field(
+        None, description="rare word of the instance prompt; default sks if it stands there"
+    )
+    subject_class: Text | None = Field(
+        None, description="what the concept is, such as dog; default the words after the token"
+    )
+
+
 class OutputSettings(Group):
     """What is written, and where."""
 
@@ -239,133 +252,3 @@ class RunSettings(Group):
 
     dry_run: bool = Field(False, description="check everything, say what would happen, and stop")
     verbose: bool = Field(False, description="log more, and show tracebacks")
-
-
-GROUPS: dict[str, type[Group]] = {
-    "model": ModelSettings,
-    "data": DataSettings,
-    "prior": PriorSettings,
-    "adapter": AdapterSettings,
-    "optimizer": OptimizerSettings,
-    "schedule": ScheduleSettings,
-    "validation": ValidationSettings,
-    "output": OutputSettings,
-    "run": RunSettings,
-}
-
-
-class TrainConfig(Group):
-    """All settings of one training; `resolved` fills in those that follow from others."""
-
-    model: ModelSettings
-    data: DataSettings
-    prior: PriorSettings
-    adapter: AdapterSettings
-    optimizer: OptimizerSettings
-    schedule: ScheduleSettings
-    validation: ValidationSettings
-    output: OutputSettings
-    run: RunSettings
-
-    @model_validator(mode="after")
-    def _combinations(self) -> TrainConfig:
-        """Refuse what is fine alone but not together; the first word of a message is the setting."""
-        name, adapter, prior = self.optimizer.optimizer, self.adapter, self.prior
-        init = adapter.init or usual_init(name)
-        if name == "riemannion" and not adapter.is_anchored:
-            raise ValueError(
-                f"init {adapter.init!r} starts from a change of rank 0, which is not a point of "
-                "the manifold that riemannion moves on; use --init loi (or orthonormal, pissa), "
-                "or --optimizer adamw"
-            )
-        if adapter.start_scale == 0:
-            raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
-        if adapter.start_scale is not None and init != "loi":
-            raise ValueError(
-                f"start_scale is a setting of init loi, not of init {init}; leave it out, "
-                "or add --init loi"
-            )
-        if self.optimizer.momentum is not None and name not in MOMENTUM_OPTIMIZERS:
-            raise ValueError(
-                f"momentum is not a setting of {name}; leave it out, "
-                f"or use --optimizer {MOMENTUM_OPTIMIZERS[0]}"
-            )
-        if prior.with_prior_preservation and not (prior.class_data_dir and prior.class_prompt):
-            missing = "class_prompt" if prior.class_data_dir else "class_data_dir"
-            raise ValueError(f"{missing} must be given together with with_prior_preservation")
-        given = prior.model_fields_set | adapter.model_fields_set
-        for setting, remedy in self.idle().items():
-            if setting in given:
-                raise ValueError(
-                    f"{setting} does nothing here; add {remedy}, or leave --{setting} out"
-                )
-        warmup, steps = self.schedule.lr_warmup_steps, self.schedule.max_train_steps
-        if warmup is not None and warmup > steps:
-            raise ValueError(
-                f"lr_warmup_steps is {warmup}, more than the whole run (max_train_steps {steps})"
-            )
-        return self
-
-    def idle(self) -> dict[str, str]:
-        """Settings that do nothing because of another one; name to the flag that would change that."""
-        name = self.optimizer.optimizer
-        found: dict[str, str] = {}
-        if not self.prior.with_prior_preservation:
-            found |= dict.fromkeys(PRIOR_ONLY, "--with_prior_preservation")
-        if (self.adapter.init or usual_init(name)) != "loi":
-            found |= dict.fromkeys(LOI_ONLY, "--init loi")
-        if self.output.report_to != "tensorboard":
-            found["logging_dir"] = "--report_to tensorboard"
-        if not self.validation.validation_prompt:
-            found["validation_steps"] = "--validation_prompt"
-        return found
-
-    def with_resolution(self, resolution: int) -> TrainConfig:
-        """The same settings with the side in pixels that was left to the model."""
-        data = self.data.model_copy(update={"resolution": resolution})
-        return self.model_copy(update={"data": data})
-
-    def samples_per_step(self, processes: int = 1) -> int:
-        """Pictures of the concept that one optimizer step sees."""
-        return self.data.train_batch_size * self.schedule.gradient_accumulation_steps * processes
-
-    def loop_values(self) -> dict[str, Any]:
-        """Arguments of `dreamrie.trainer.LoopSettings`."""
-        return {
-            "max_steps": self.schedule.max_train_steps,
-            "accumulation": self.schedule.gradient_accumulation_steps,
-            "scheduler": self.schedule.lr_scheduler,
-            "warmup_steps": self.schedule.lr_warmup_steps,
-            "max_grad_norm": self.optimizer.max_grad_norm or None,
-            "validation_steps": (
-                self.validation.validation_steps if self.validation.validation_prompt else None
-            ),
-            "spectrum_steps": self.output.spectrum_steps,
-            "seed": self.schedule.seed,
-        }
-
-    def resolved(self) -> TrainConfig:
-        """Fill in every value that follows from others."""
-        name, rank = self.optimizer.optimizer, self.adapter.rank
-        init = self.adapter.init or usual_init(name)
-        is_embedded = self.model.pretrained_model_name_or_path is None
-        steps = self.schedule.max_train_steps
-        rate = self.optimizer.learning_rate or DEFAULT_LEARNING_RATE[name]
-        # A start below 10 steps would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
-        start = max(0.1 / rank**0.5, 10 * rate if name == "riemannion" else 0.0)
-        follow: dict[str, dict[str, object]] = {
-            "optimizer": {
-                "learning_rate": rate,
-                "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
-                "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
-            },
-            "adapter": {"init": init, "start_scale": start if init == "loi" else None},
-            "schedule": {"lr_warmup_steps": min(20, steps // 10)},
-            "validation": {"guidance_scale": EMBEDDED_GUIDANCE if is_embedded else USUAL_GUIDANCE},
-        }
-        changed = {}
-        for group, values in follow.items():
-            settings: Group = getattr(self, group)
-            missing = {key: v for key, v in values.items() if getattr(settings, key) is None}
-            changed[group] = settings.model_copy(update=missing)
-        return self.model_copy(update=changed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dreamrie.config.schema import GROUPS, TrainConfig
+from dreamrie.config.train_config import GROUPS, TrainConfig
 from dreamrie.errors import ConfigError
 
 

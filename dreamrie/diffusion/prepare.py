@@ -89,6 +89,22 @@ def run_facts(config: TrainConfig, task: DreamBoothTask) -> dict[str, Any]:
     }
 
 
+def missing_for_scores(package: str) -> str:
+    """Message about scores without their networks.
+
+    Args:
+        package: what could not be imported.
+
+    Returns:
+        What is missing, and what to do.
+    """
+    return (
+        f"scores need {package}, which is not installed\n"
+        "  where: --score_steps\n"
+        '  what to do: pip install -e ".[eval]" in the checkout and run from there, or leave --score_steps out'
+    )
+
+
 def explain(config: TrainConfig, task: DreamBoothTask) -> str:
     """Say what a run with these settings would do.
 
@@ -110,12 +126,24 @@ def explain(config: TrainConfig, task: DreamBoothTask) -> str:
         f"optimizer: {describe_optimizer(name, task.pairs)}",
         f"pictures: {pictures}, all readable, used at {task.concept.resolution} px",
         f"prior preservation: {_explain_prior(config, task)}",
+        f"scores: {_explain_scores(config)}",
         f"length: {steps} steps of {samples} pictures = {steps * samples / pictures:.1f} epochs",
     ]
     older = folder_for_older_run(folder)
     if older is not None:
         lines.append(f"{folder} holds an older run, which would be moved to {older}")
     return to_yaml(config) + "\n" + "\n".join(f"# {line}" for line in lines)
+
+
+def _explain_scores(config: TrainConfig) -> str:
+    """The scores on the way in words."""
+    scores = config.scores
+    if not scores.score_steps:
+        return "off"
+    return (
+        f"every {scores.score_steps} steps, {scores.score_images} pictures of the set {scores.score_prompts}, with "
+        f"{' and '.join(scores.score_encoders or [])}; the best adapter goes to {config.output.output_dir / 'best'}"
+    )
 
 
 def _explain_prior(config: TrainConfig, task: DreamBoothTask) -> str:

@@ -11,18 +11,30 @@ from dreamrie.trainer.control import (
     sigterm_as_ctrl_c,
 )
 from dreamrie.trainer.loop import change_spectra, train
+from dreamrie.trainer.scoring import (
+    BEST,
+    SCORED,
+    Scorer,
+    Verdict,
+    scored_folder,
+)
 from dreamrie.trainer.task import LoopSettings, Task, TrainResult
 
 __all__ = [
+    "BEST",
+    "SCORED",
     "LoopSettings",
+    "Scorer",
     "StopRequest",
     "Task",
     "TrainResult",
+    "Verdict",
     "change_spectra",
     "derive_seed",
     "make_accelerator",
     "own_random_stream",
     "schedule_factor",
+    "scored_folder",
     "sigterm_as_ctrl_c",
     "train",
 ]

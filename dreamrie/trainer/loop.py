@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from dreamrie.trainer.control import (
     own_random_stream,
     schedule_factor,
 )
+from dreamrie.trainer.scoring import BestKeeper, Scorer, scored_folder
 from dreamrie.trainer.task import LoopSettings, Task, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -48,15 +50,17 @@ class _Loop:
         settings: LoopSettings,
         log: RunLog,
         accelerator: Accelerator,
+        scorer: Scorer | None,
     ) -> None:
         self.task, self.optimizer, self.settings = task, optimizer, settings
-        self.log, self.accelerator = log, accelerator
+        self.log, self.accelerator, self.scorer = log, accelerator, scorer
+        self.keeper = BestKeeper(log.output_dir) if scorer and log.output_dir else None
         self.stepper = accelerator.prepare_optimizer(optimizer)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Every group keeps its own peak: LoRA+ has two.
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.skipped, self.skips_in_a_row = 0, 0
-        self.last_loss, self.seconds = math.nan, 0.0
+        self.last_loss, self.seconds, self.scoring_seconds = math.nan, 0.0, 0.0
         self.max_skips = MAX_SKIPS if accelerator.scaler is None else MAX_SKIPS_FP16
 
     def set_learning_rate(self, done: int) -> None:
@@ -173,6 +177,20 @@ class _Loop:
                 self.log.scores(step, scores)
         self.accelerator.wait_for_everyone()
 
+    def score(self, step: int) -> None:
+        """Score the present model, and keep the adapter that was scored: it may turn out to be the best one."""
+        if self.scorer is not None and self.keeper is not None:
+            started = time.perf_counter()
+            if step > 0:
+                self.write_adapter(scored_folder(self.keeper.output_dir, step), step)
+            with torch.no_grad():
+                verdict = self.scorer(step)
+            self.task.model.train()
+            self.log.scores(step, verdict.scores)
+            self.keeper(step, verdict)
+            self.scoring_seconds += time.perf_counter() - started
+        self.accelerator.wait_for_everyone()
+
     def record_spectrum(self, step: int) -> None:
         """Singular values of the change of every layer, and of the moving point if there is one."""
         values = {"change": change_spectra(self.task.pairs)}
@@ -182,7 +200,7 @@ class _Loop:
 
     def run(self) -> TrainResult:
         """All steps, then the final save, also when a signal ends it early after at least one step."""
-        s, step = self.settings, 0
+        s, step, moved = self.settings, 0, False
         self.task.model.train()
         self.set_learning_rate(0)
         with StopRequest() as stop:
@@ -190,17 +208,16 @@ class _Loop:
                 if step > 0:
                     self.step(step)
                 last = step == s.max_steps or stop.asked
-                if s.spectrum_steps and (step % s.spectrum_steps == 0 or last):
+                if _is_due(s.spectrum_steps, step, last):
                     self.record_spectrum(step)
-                if (
-                    s.validation_steps
-                    and (step % s.validation_steps == 0 or last)
-                    and not stop.asked
-                ):
+                if _is_due(s.validation_steps, step, last) and not stop.asked:
                     self.validate(step)
+                # Without a step that moved it, the adapter is that of step 0.
+                moved = step > self.skipped
+                if _is_due(s.score_steps, step, last) and not stop.asked and (moved or step == 0):
+                    self.score(step)
                 if stop.asked:
                     break
-            moved = step > self.skipped
             if moved:
                 self.save(step)
             elif stop.asked:
@@ -213,18 +230,36 @@ class _Loop:
                     "no adapter was written"
                 )
         self.accelerator.free_memory()
-        return TrainResult(step, self.skipped, stop.asked, moved, self.last_loss, self.seconds)
+        return TrainResult(
+            step,
+            self.skipped,
+            stop.asked,
+            moved,
+            self.last_loss,
+            self.seconds,
+            self.scoring_seconds,
+            self.keeper.verdict if self.keeper else None,
+        )
 
     def save(self, step: int) -> None:
         """Write the adapter; only the main process does."""
         if self.log.output_dir is not None:
-            facts = {"steps": str(step), "optimizer": type(self.optimizer).__name__.lower()}
-            try:
-                self.task.save(self.log.output_dir, facts)
-            except (AdapterError, OSError) as error:
-                # AdapterError alone would say that something given was wrong; the training failed.
-                raise CheckpointError(str(error)) from error
+            self.write_adapter(self.log.output_dir, step)
         self.accelerator.wait_for_everyone()
+
+    def write_adapter(self, folder: Path, step: int) -> None:
+        """The adapter as it is after a step, into a folder of its own or the run's."""
+        facts = {"steps": str(step), "optimizer": type(self.optimizer).__name__.lower()}
+        try:
+            self.task.save(folder, facts)
+        except (AdapterError, OSError) as error:
+            # AdapterError alone would say that something given was wrong; the training failed.
+            raise CheckpointError(str(error)) from error
+
+
+def _is_due(every: int | None, step: int, last: bool) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return every is not None and (step % every == 0 or last)
 
 
 def change_spectra(pairs: Sequence[LoraPair]) -> dict[str, list[float]]:
@@ -252,6 +287,7 @@ def train(
     settings: LoopSettings,
     log: RunLog,
     accelerator: Accelerator | None = None,
+    scorer: Scorer | None = None,
 ) -> TrainResult:
     """Train, validate on the way, save at the end; also after Ctrl-C, which finishes the step.
 
@@ -264,6 +300,8 @@ def train(
         log: open; its folder also gets the samples and the adapter. Without a folder (every process
             but the main one) nothing is written.
         accelerator: from `make_accelerator`; None makes one in full precision.
+        scorer: asked every `settings.score_steps` steps by the process that has the folder; the adapters it scored
+            are kept in `scored/step-NNNNNN/`, the one it prefers in `best/`.
 
     Returns:
         What happened.
@@ -274,4 +312,5 @@ def train(
         CheckpointError: the adapter cannot be written at the end.
         ConfigError: an unknown schedule.
     """
-    return _Loop(task, optimizer, settings, log, accelerator or make_accelerator()).run()
+    own = accelerator or make_accelerator()
+    return _Loop(task, optimizer, settings, log, own, scorer).run()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dreamrie.lora import LoraPair
+from dreamrie.trainer.scoring import BEST, Verdict
 
 
 class Task(Protocol):
@@ -68,6 +69,7 @@ class LoopSettings:
         warmup_steps: optimizer steps of warm-up.
         max_grad_norm: clip the global (Riemannion: tangent) gradient norm to this; None: no clip.
         validation_steps: validate before training, every so many steps and at the end; None: never.
+        score_steps: score before training, every so many steps and at the end; None: never.
         spectrum_steps: write the singular values every so many steps; None: never.
         seed: for dropout inside the model; each micro-batch has its own stream.
     """
@@ -78,6 +80,7 @@ class LoopSettings:
     warmup_steps: int = 0
     max_grad_norm: float | None = None
     validation_steps: int | None = None
+    score_steps: int | None = None
     spectrum_steps: int | None = None
     seed: int = 0
 
@@ -92,7 +95,9 @@ class TrainResult:
         interrupted: a signal asked to stop.
         saved: the adapter was saved; it is not when a signal came before the first finished step.
         last_loss: mean loss of the last step; NaN if there was none.
-        seconds: time in training steps, without validation.
+        seconds: time in training steps, without validation and scoring.
+        scoring_seconds: time in scorings.
+        verdict: of the last scoring; None without a scorer.
     """
 
     steps: int
@@ -101,3 +106,25 @@ class TrainResult:
     saved: bool
     last_loss: float
     seconds: float
+    scoring_seconds: float = 0.0
+    verdict: Verdict | None = None
+
+    def summary(self, output_dir: Path) -> str:
+        """What the run came to, for its end.
+
+        Args:
+            output_dir: of the run.
+
+        Returns:
+            A line; with scores a second one: which step is in `best/`, why, and what scoring cost.
+        """
+        lines = [f"{self.steps} steps in {self.seconds:.0f} s; adapter in {output_dir}"]
+        if self.verdict is not None:
+            best = f"no step could be scored, so there is no {output_dir / BEST}"
+            if self.verdict.best_step is not None:
+                best = f"{output_dir / BEST} holds step {self.verdict.best_step}: {self.verdict.reason}"
+            share = self.scoring_seconds / max(self.seconds, 1e-9)
+            lines.append(
+                f"{best}; scoring took {self.scoring_seconds:.0f} s, {share:.0%} of the training time"
+            )
+        return "\n".join(lines)

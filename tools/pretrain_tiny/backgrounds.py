@@ -6,25 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFilter
-from torch import Tensor
+
+from eval.palette import COLORS
 
 SIZE_PX = 64
-
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 48, 44),
-    "orange": (245, 140, 34),
-    "yellow": (248, 214, 60),
-    "green": (66, 160, 71),
-    "blue": (44, 104, 214),
-    "purple": (128, 62, 178),
-    "pink": (246, 150, 186),
-    "brown": (122, 80, 50),
-    "black": (20, 20, 22),
-    "white": (248, 248, 246),
-    "gray": (136, 138, 142),
-}
 
 
 @dataclass(frozen=True)
@@ -230,12 +216,3 @@ def random_background(rng: np.random.Generator) -> Background:
     """A plain color (55 %) or a scene."""
     choices = PLAIN if rng.random() < 0.55 else SCENES
     return choices[int(rng.integers(len(choices)))]
-
-
-def nearest_color(image: Tensor) -> str:
-    """Name of the palette color nearest to the mean of the outer 3 pixels of (3, h, w) in [-1, 1]."""
-    mask = torch.ones(image.shape[1:], dtype=torch.bool)
-    mask[3:-3, 3:-3] = False
-    mean = ((image + 1) * 127.5)[:, mask].mean(1)
-    palette = torch.tensor(list(COLORS.values()), dtype=torch.float32)
-    return list(COLORS)[int((palette - mean).square().sum(1).argmin())]

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from eval import palette
 from eval.encoders.registry import load_effnet
 from tools.pretrain_tiny import (
     autoencoder,
@@ -142,7 +143,7 @@ def evaluate(directory: Path, raw: Path, output: Path) -> dict[str, float]:
     ]
     images = draw(pipe, prompts, 1000)
     color_right = np.mean(
-        [backgrounds.nearest_color(i) == c for i, c in zip(images, colors, strict=True)]
+        [palette.nearest_color(i) == c for i, c in zip(images, colors, strict=True)]
     )
     model = load_effnet()
     all_names, references = reference_features(raw, model)

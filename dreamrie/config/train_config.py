@@ -1,0 +1,235 @@
+"""All settings of one training together: what goes with what, and the defaults that follow from other settings.
+
+What stays None after `resolved` does not apply (the momentum of AdamW, a Hub revision); only the resolution waits for
+the model, see `TrainConfig.with_resolution`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from dreamrie.config.schema import (
+    AdapterSettings,
+    DataSettings,
+    Group,
+    ModelSettings,
+    OptimizerSettings,
+    OutputSettings,
+    PriorSettings,
+    RunSettings,
+    ScheduleSettings,
+    ScoreSettings,
+    ValidationSettings,
+)
+
+# These have a momentum of their own; AdamW and its relatives keep torch's betas.
+MOMENTUM_OPTIMIZERS = ("riemannion", "muon")
+DEFAULT_LEARNING_RATE = {
+    "riemannion": 1e-3,
+    "adamw": 1e-4,
+    "loraplus": 1e-4,
+    "scaledgd": 1e-4,
+    "muon": 1e-3,
+}
+# The embedded model's scores on its model card were measured at 4.
+EMBEDDED_GUIDANCE, USUAL_GUIDANCE = 4.0, 7.5
+# These do nothing without another setting, so giving one alone is a mistake.
+PRIOR_ONLY = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
+SCORES_ONLY = tuple(name for name in ScoreSettings.model_fields if name != "score_steps")
+# The rare word of the DreamBooth paper and of nearly every command since.
+USUAL_WORD = "sks"
+LOI_ONLY = ("loi_batches", "loi_estimator")
+
+
+def usual_init(optimizer: str) -> str:
+    """Start that goes with an optimizer; PEFT's default one and a factor-wise optimizer are the usual LoRA."""
+    return "loi" if optimizer == "riemannion" else "default"
+
+
+GROUPS: dict[str, type[Group]] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "prior": PriorSettings,
+    "adapter": AdapterSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "validation": ValidationSettings,
+    "scores": ScoreSettings,
+    "output": OutputSettings,
+    "run": RunSettings,
+}
+
+
+class TrainConfig(Group):
+    """All settings of one training; `resolved` fills in those that follow from others."""
+
+    model: ModelSettings
+    data: DataSettings
+    prior: PriorSettings
+    adapter: AdapterSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    validation: ValidationSettings
+    scores: ScoreSettings
+    output: OutputSettings
+    run: RunSettings
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainConfig:
+        """Refuse what is fine alone but not together; the first word of a message is the setting."""
+        name, adapter, prior = self.optimizer.optimizer, self.adapter, self.prior
+        init = adapter.init or usual_init(name)
+        if name == "riemannion" and not adapter.is_anchored:
+            raise ValueError(
+                f"init {adapter.init!r} starts from a change of rank 0, which is not a point of "
+                "the manifold that riemannion moves on; use --init loi (or orthonormal, pissa), "
+                "or --optimizer adamw"
+            )
+        if adapter.start_scale == 0:
+            raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
+        if adapter.start_scale is not None and init != "loi":
+            raise ValueError(
+                f"start_scale is a setting of init loi, not of init {init}; leave it out, "
+                "or add --init loi"
+            )
+        if self.optimizer.momentum is not None and name not in MOMENTUM_OPTIMIZERS:
+            raise ValueError(
+                f"momentum is not a setting of {name}; leave it out, "
+                f"or use --optimizer {MOMENTUM_OPTIMIZERS[0]}"
+            )
+        if prior.with_prior_preservation and not (prior.class_data_dir and prior.class_prompt):
+            missing = "class_prompt" if prior.class_data_dir else "class_data_dir"
+            raise ValueError(f"{missing} must be given together with with_prior_preservation")
+        given = prior.model_fields_set | adapter.model_fields_set | self.scores.model_fields_set
+        for setting, remedy in self.idle().items():
+            if setting in given:
+                raise ValueError(
+                    f"{setting} does nothing here; add {remedy}, or leave --{setting} out"
+                )
+        self._check_scores()
+        warmup, steps = self.schedule.lr_warmup_steps, self.schedule.max_train_steps
+        if warmup is not None and warmup > steps:
+            raise ValueError(
+                f"lr_warmup_steps is {warmup}, more than the whole run (max_train_steps {steps})"
+            )
+        return self
+
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing because of another one; name to the flag that would change that."""
+        name = self.optimizer.optimizer
+        found: dict[str, str] = {}
+        if not self.prior.with_prior_preservation:
+            found |= dict.fromkeys(PRIOR_ONLY, "--with_prior_preservation")
+        if (self.adapter.init or usual_init(name)) != "loi":
+            found |= dict.fromkeys(LOI_ONLY, "--init loi")
+        if self.output.report_to != "tensorboard":
+            found["logging_dir"] = "--report_to tensorboard"
+        if not self.validation.validation_prompt:
+            found["validation_steps"] = "--validation_prompt"
+        if not self.scores.score_steps:
+            found |= dict.fromkeys(SCORES_ONLY, "--score_steps")
+        return found
+
+    def with_resolution(self, resolution: int) -> TrainConfig:
+        """The same settings with the side in pixels that was left to the model."""
+        data = self.data.model_copy(update={"resolution": resolution})
+        return self.model_copy(update={"data": data})
+
+    def samples_per_step(self, processes: int = 1) -> int:
+        """Pictures of the concept that one optimizer step sees."""
+        return self.data.train_batch_size * self.schedule.gradient_accumulation_steps * processes
+
+    def task_values(self, processes: int) -> dict[str, Any]:
+        """Arguments of `dreamrie.diffusion.task.DreamBoothTask`, beside the model and the pictures."""
+        checks = self.validation
+        return {
+            "batch_size": self.data.train_batch_size,
+            "seed": self.schedule.seed,
+            "samples_per_step": self.samples_per_step(processes),
+            "prior_loss_weight": self.prior.prior_loss_weight,
+            "gradient_checkpointing": self.schedule.gradient_checkpointing,
+            "validation_prompts": checks.validation_prompt,
+            "num_validation_images": checks.num_validation_images,
+            "inference_steps": checks.num_inference_steps,
+            "guidance_scale": checks.guidance_scale,
+            "sample_batch_size": self.prior.sample_batch_size,
+        }
+
+    def loop_values(self) -> dict[str, Any]:
+        """Arguments of `dreamrie.trainer.LoopSettings`."""
+        return {
+            "max_steps": self.schedule.max_train_steps,
+            "accumulation": self.schedule.gradient_accumulation_steps,
+            "scheduler": self.schedule.lr_scheduler,
+            "warmup_steps": self.schedule.lr_warmup_steps,
+            "max_grad_norm": self.optimizer.max_grad_norm or None,
+            "validation_steps": (
+                self.validation.validation_steps if self.validation.validation_prompt else None
+            ),
+            "score_steps": self.scores.score_steps or None,
+            "spectrum_steps": self.output.spectrum_steps,
+            "seed": self.schedule.seed,
+        }
+
+    def resolved(self) -> TrainConfig:
+        """Fill in every value that follows from others."""
+        name, rank = self.optimizer.optimizer, self.adapter.rank
+        init = self.adapter.init or usual_init(name)
+        is_embedded = self.model.pretrained_model_name_or_path is None
+        steps = self.schedule.max_train_steps
+        rate = self.optimizer.learning_rate or DEFAULT_LEARNING_RATE[name]
+        # A start below 10 steps would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
+        start = max(0.1 / rank**0.5, 10 * rate if name == "riemannion" else 0.0)
+        follow: dict[str, dict[str, object]] = {
+            "optimizer": {
+                "learning_rate": rate,
+                "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
+                "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
+            },
+            "adapter": {"init": init, "start_scale": start if init == "loi" else None},
+            "schedule": {"lr_warmup_steps": min(20, steps // 10)},
+            "validation": {"guidance_scale": EMBEDDED_GUIDANCE if is_embedded else USUAL_GUIDANCE},
+            "scores": self._resolved_scores(is_embedded) if self.scores.score_steps else {},
+        }
+        changed = {}
+        for group, values in follow.items():
+            settings: Group = getattr(self, group)
+            missing = {key: v for key, v in values.items() if getattr(settings, key) is None}
+            changed[group] = settings.model_copy(update=missing)
+        return self.model_copy(update=changed)
+
+    def _resolved_scores(self, is_embedded: bool) -> dict[str, object]:
+        """What the scores are computed with."""
+        return {
+            "score_prompts": "embedded" if is_embedded else "objects",
+            "score_encoders": ["effnet-lite2-64", "tiny-clip"] if is_embedded else ["dino", "clip"],
+            "score_inference_steps": 10 if is_embedded else 25,
+            "token": self._token(),
+            "subject_class": self._words_after_token(),
+        }
+
+    def _token(self) -> str:
+        """The rare word of the instance prompt."""
+        return self.scores.token or USUAL_WORD
+
+    def _words_after_token(self) -> str:
+        """What the instance prompt says behind the rare word; "" if that is nothing, or it is not there."""
+        words = self.data.instance_prompt.split()
+        return " ".join(words[words.index(self._token()) + 1 :]) if self._token() in words else ""
+
+    def _check_scores(self) -> None:
+        """Refuse scores that do not know which word to leave out, or what the concept is."""
+        if not self.scores.score_steps:
+            return
+        if self._token() not in self.data.instance_prompt.split():
+            raise ValueError(
+                f"token {self._token()!r} is not a word of the instance prompt {self.data.instance_prompt!r}; scores "
+                "leave the rare word out of their prompts, so name it with --token"
+            )
+        if not (self.scores.subject_class or self._words_after_token()):
+            raise ValueError(
+                f"subject_class is needed for scores: nothing stands behind {self._token()!r} in the instance "
+                "prompt; name what the concept is, such as dog"
+            )

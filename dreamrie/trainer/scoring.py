@@ -1,0 +1,97 @@
+"""Scores while training: what a scorer is to the loop, and the folder of the best adapter.
+
+The loop knows a scorer as a callable that it is handed; the networks behind it are not this package's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from dreamrie.errors import CheckpointError
+from dreamrie.runlog import ADAPTER, write_atomic
+
+logger = logging.getLogger(__name__)
+
+SCORED, BEST = "scored", "best"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a scorer says after a scoring.
+
+    Attributes:
+        scores: numbers by name, for the records.
+        best_step: step whose adapter is the best so far; None while there is none.
+        reason: why that one.
+        message: how the training goes, in plain words.
+        is_alarm: something goes wrong, and the message says what to do.
+    """
+
+    scores: Mapping[str, Any]
+    best_step: int | None
+    reason: str
+    message: str
+    is_alarm: bool = False
+
+
+class Scorer(Protocol):
+    """Scores the model as it is at the moment; called with the step, 0 before training.
+
+    It draws from random streams of its own, and leaves no gradient behind.
+    """
+
+    def __call__(self, step: int) -> Verdict: ...  # noqa: D102
+
+
+def scored_folder(output_dir: Path, step: int) -> Path:
+    """Folder of the adapter that was scored at a step."""
+    return output_dir / SCORED / f"step-{step:06d}"
+
+
+@dataclass
+class BestKeeper:
+    """Keeps `best/` equal to the adapter that the scorer prefers.
+
+    Args:
+        output_dir: of the run.
+
+    Attributes:
+        verdict: the last one; None before the first scoring.
+    """
+
+    output_dir: Path
+    verdict: Verdict | None = None
+    _kept: tuple[int, str] | None = field(default=None, init=False)
+
+    def __call__(self, step: int, verdict: Verdict) -> None:
+        """Say how it goes; copy the adapter of the best step if it, or the reason for it, is new.
+
+        Args:
+            step: of the scoring.
+            verdict: its outcome.
+
+        Raises:
+            CheckpointError: the folder cannot be written; what was there before is intact.
+        """
+        self.verdict = verdict
+        log = logger.warning if verdict.is_alarm else logger.info
+        log("Step %d: %s", step, verdict.message)
+        if verdict.best_step is None or self._kept == (verdict.best_step, verdict.reason):
+            return
+        source = scored_folder(self.output_dir, verdict.best_step) / ADAPTER
+        record = {"step": verdict.best_step, "scored_until": step, "reason": verdict.reason}
+        folder = self.output_dir / BEST
+        try:
+            folder.mkdir(exist_ok=True)
+            write_atomic(folder / ADAPTER, source.read_bytes())
+        except OSError as error:
+            raise CheckpointError(
+                f"the best adapter cannot be kept in {folder}: {error}"
+            ) from error
+        write_atomic(folder / "best.json", (json.dumps(record, indent=2) + "\n").encode())
+        self._kept = (verdict.best_step, verdict.reason)

@@ -1,0 +1,96 @@
+"""Scores while training, over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from dreamrie.errors import ConfigError
+from dreamrie.files import write_atomic
+from eval.report.facts import digits
+from eval.report.figures import LIGHT, make_figure, mark, name_axes, padded, render, whole_numbers
+
+_PANELS = (("image", "image similarity"), ("text", "text similarity"))
+_THEME = LIGHT
+
+
+def plot_curves(
+    rows: Sequence[Mapping[str, Any]], path: Path, chosen: int | None, ceiling: float | None
+) -> None:
+    """Draw image and text similarity over the steps of a run.
+
+    Args:
+        rows: scorings, each `{"step": int, "image": (mean, low, high), "text": (mean, low, high) or None}`; other
+            keys are not drawn. Step 0 is the base model. Text similarity has a panel if any row has it; without
+            rows the picture says that there is nothing yet.
+        path: PNG; written whole or not at all.
+        chosen: the step that was taken for the best, marked; None: none.
+        ceiling: image similarity of the real pictures to each other; None: not drawn.
+
+    Raises:
+        ConfigError: the chosen step is none of the rows.
+    """
+    ordered = sorted(rows, key=lambda row: int(row["step"]))
+    steps = [int(row["step"]) for row in ordered]
+    if chosen is not None and chosen not in steps:
+        raise ConfigError(f"the chosen step {chosen} has no scores to draw; scored are {steps}.")
+    panels = [panel for panel in _PANELS if any(row.get(panel[0]) for row in ordered)]
+    # Scoring goes on when every step so far drew pictures that cannot be scored; the plot then says so.
+    figure, axes = make_figure(5.2 * max(len(panels), 1), 3.9, _THEME, 1, max(len(panels), 1))
+    if not panels:
+        axes[0].set_axis_off()
+        axes[0].text(0.5, 0.5, "no step could be scored yet", color=_THEME.faint, ha="center")
+        panels, axes = [], []
+    for place, (key, name) in zip(axes, panels, strict=True):
+        known = [row for row in ordered if row.get(key)]
+        _draw(
+            place,
+            [int(row["step"]) for row in known],
+            [tuple(map(float, row[key])) for row in known],
+            ceiling if key == "image" else None,
+        )
+        air = max(0.04 * (steps[-1] - steps[0]), 0.5)
+        place.set_xlim(steps[0] - air, steps[-1] + air)
+        if chosen is not None:
+            mark(place, _THEME, chosen, f"chosen: step {chosen}", _THEME.alarm, "-")
+        whole_numbers(place.xaxis)
+        name_axes(place, _THEME, "step", "mean and 95 % interval", name)
+    write_atomic(path, render(figure, "png"))
+
+
+def _draw(
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[tuple[float, ...]],
+    ceiling: float | None,
+) -> None:
+    """One panel: band and curve, the level of the base model, and the ceiling."""
+    means, lows, highs = zip(*values, strict=True)
+    levels = []
+    if ceiling is not None:
+        levels.append((ceiling, f"real against real {digits(ceiling)}", _THEME.second, "--"))
+    if steps[0] == 0:
+        levels.append((means[0], f"base model {digits(means[0])}", _THEME.faint, ":"))
+    low, high = padded([*lows, *highs, *(level[0] for level in levels)])
+    # Room above for the name of the chosen step.
+    axes.set_ylim(low, high + 0.12 * (high - low))
+    axes.fill_between(steps, lows, highs, color=_THEME.main, alpha=0.16, linewidth=0)
+    # A band over a single step cannot be seen.
+    axes.vlines(steps, lows, highs, color=_THEME.main, alpha=0.45, linewidth=1)
+    axes.plot(steps, means, color=_THEME.main, linewidth=1.8, marker="o", markersize=4.5)
+    for value, label, color, style in levels:
+        axes.axhline(value, color=color, linestyle=style, linewidth=1.4)
+        axes.annotate(
+            label,
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            color=color,
+            fontsize=9,
+            bbox={"facecolor": _THEME.paper, "edgecolor": "none", "pad": 1, "alpha": 0.8},
+        )

@@ -1,0 +1,280 @@
+"""Scores a model in training on fixed prompts and seeds, and judges what it sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreamrie.diffusion.adapters import adapter_off
+from dreamrie.diffusion.images import contact_sheet, save_png
+from dreamrie.diffusion.pipeline import Components, sample
+from dreamrie.diffusion.streams import derive_seed
+from dreamrie.errors import NumericalError
+from dreamrie.files import write_atomic
+from dreamrie.trainer import Verdict, scored_folder
+from eval import metrics
+from eval.encoders import Encoder
+from eval.pictures import is_blank
+from eval.report.curves import plot_curves
+from eval.training.alarm import judge
+from eval.training.choice import choose
+from eval.training.curve import Curve, StepScores, Yardstick, interval
+
+RECORDS, PLOT = "scores.jsonl", "scores.png"
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn and compared at every scoring of a run.
+
+    Attributes:
+        prompts: prompt of each picture, token included. texts: the same as text similarity reads them.
+        drift_prompts: unrelated prompts. reference: real pictures of the concept, at least two.
+        image_encoder: for image similarity, copies and drift. text_encoder: for text similarity, if any.
+        steps, guidance_scale, batch_size: of the sampler. max_steps: of the training.
+    """
+
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+    drift_prompts: tuple[str, ...]
+    reference: tuple[Image.Image, ...]
+    image_encoder: Encoder
+    text_encoder: Encoder | None
+    steps: int
+    guidance_scale: float
+    batch_size: int
+    max_steps: int
+
+
+class ConceptScorer:
+    """Implements `dreamrie.trainer.Scorer` for a U-Net that learns a concept.
+
+    The seeds depend on nothing, so that steps of a run, and runs, are compared on the same noise; training draws from
+    streams of its own. Writes `scores.jsonl` (every single value), `scores.png` and one sheet of pictures a scoring.
+
+    Args:
+        components: the model in training.
+        plan: what to draw.
+        folder: output folder of the run.
+    """
+
+    def __init__(self, components: Components, plan: Plan, folder: Path) -> None:
+        self._components, self._plan, self._folder = components, plan, folder
+        self._real = plan.image_encoder.embed_images(plan.reference)
+        self._texts = plan.text_encoder.embed_texts(plan.texts) if plan.text_encoder else None
+        _, nearest_real = metrics.copy_score(self._real, self._real)
+        ceiling = float(metrics.ceiling(self._real).mean())
+        self._yardstick = Yardstick(plan.prompts, ceiling, nearest_real)
+        self._rows: list[StepScores] = []
+
+    @property
+    def curve(self) -> Curve:
+        """All scorings so far."""
+        return Curve(self._yardstick, self._rows)
+
+    def __call__(self, step: int) -> Verdict:
+        """Draw, score, record and judge.
+
+        Args:
+            step: optimizer step; 0 before training.
+
+        Returns:
+            The verdict.
+        """
+        row = self._score(step)
+        self._rows.append(row)
+        self._record(row)
+        curve = self.curve
+        choice = choose(curve)
+        opinion = judge(curve, choice, self._plan.max_steps)
+        best_step = choice.step if choice else None
+        self._plot(curve, best_step)
+        return Verdict(
+            summary(curve, row),
+            best_step,
+            choice.reason if choice else "",
+            opinion.message,
+            opinion.is_alarm,
+        )
+
+    def _draw(self, prompts: Sequence[str], stream: str) -> list[Image.Image] | None:
+        """Pictures on the fixed seeds of a stream; None if the model draws numbers that are not finite."""
+        plan = self._plan
+        try:
+            return sample(
+                self._components,
+                prompts,
+                [derive_seed(0, f"score/{stream}", number) for number in range(len(prompts))],
+                steps=plan.steps,
+                guidance_scale=plan.guidance_scale,
+                batch_size=plan.batch_size,
+            )
+        except NumericalError:
+            return None
+
+    @cached_property
+    def _base_drift(self) -> Tensor:
+        """Embeddings of the unrelated prompts as the base model draws them."""
+        with adapter_off(self._components):
+            pictures = self._draw(self._plan.drift_prompts, "drift")
+        if pictures is None:
+            raise NumericalError("the base model itself draws pictures that are not finite.")
+        return self._plan.image_encoder.embed_images(pictures)
+
+    def _score(self, step: int) -> StepScores:
+        """All single values of one scoring."""
+        plan, encoder = self._plan, self._plan.image_encoder
+        base = self._base_drift
+        pictures, others = self._draw(plan.prompts, "concept"), None
+        if step > 0:
+            others = self._draw(plan.drift_prompts, "drift")
+        if pictures is None or (step > 0 and others is None):
+            return _unscored(step, len(plan.prompts), ("all, their numbers are not finite",))
+        folder = scored_folder(self._folder, step)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(contact_sheet(pictures, columns=_COLUMNS), folder / "pictures.png")
+        blank = tuple(
+            f"{number} ({prompt})"
+            for number, (picture, prompt) in enumerate(zip(pictures, plan.prompts, strict=True))
+            if is_blank(picture)
+        )
+        if blank:
+            return _unscored(step, len(plan.prompts), blank)
+        ours = encoder.embed_images(pictures)
+        text = None
+        if plan.text_encoder is not None and self._texts is not None:
+            same = plan.text_encoder is encoder
+            seen = ours if same else plan.text_encoder.embed_images(pictures)
+            text = metrics.text_similarity(seen, self._texts)
+        return StepScores(
+            step,
+            metrics.image_similarity(ours, self._real),
+            text,
+            metrics.copy_score(ours, self._real)[0],
+            None if others is None else metrics.prior_drift(base, encoder.embed_images(others)),
+        )
+
+    def _record(self, row: StepScores) -> None:
+        """Append the single values; the first line says what they depend on."""
+        path, lines = self._folder / RECORDS, []
+        if len(self._rows) == 1:
+            lines.append(self._facts())
+        else:
+            lines += [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines.append(as_record(row))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(path, text.encode())
+
+    def _facts(self) -> dict[str, Any]:
+        """What all scores of the run depend on."""
+        plan = self._plan
+        encoders = [e for e in (plan.image_encoder, plan.text_encoder) if e is not None]
+        return {
+            "prompts": plan.prompts,
+            "texts": plan.texts,
+            "drift_prompts": plan.drift_prompts,
+            "steps": plan.steps,
+            "guidance_scale": plan.guidance_scale,
+            "max_steps": plan.max_steps,
+            "metrics": {
+                name: metrics.VERSIONS[name]
+                for name in ("image_similarity", "text_similarity", "copy_score", "prior_drift")
+            },
+            "encoders": {
+                e.name: {"weights_sha256": e.weights_sha256, "preprocessing": e.preprocessing}
+                for e in encoders
+            },
+            "ceiling": self._yardstick.ceiling,
+            "nearest_real": self._yardstick.nearest_real.tolist(),
+        }
+
+    def _plot(self, curve: Curve, chosen: int | None) -> None:
+        """Draw the curves so far."""
+        rows = [summary(curve, row) | {"step": row.step} for row in curve.rows]
+        plot_curves(rows, self._folder / PLOT, chosen, curve.yardstick.ceiling)
+
+
+def summary(curve: Curve, row: StepScores) -> dict[str, Any]:
+    """Means with 95 % intervals of one scoring.
+
+    Args:
+        curve: of the run.
+        row: one of its scorings.
+
+    Returns:
+        "image" and "text" as (mean, low, high), "drift", "copies"; or "blank" alone.
+    """
+    if row.blank:
+        return {"blank": len(row.blank)}
+    found: dict[str, Any] = {}
+    for name, values in (("image", curve.image(row)), ("text", curve.text(row))):
+        if name == "image" or row.text is not None:
+            found[name] = (float(values[0]), *interval(values[1:]))
+    found["drift"] = None if row.drift is None else float(row.drift.mean())
+    found["copies"] = curve.copies(row)
+    return found
+
+
+def as_record(row: StepScores) -> dict[str, Any]:
+    """A scoring as JSON."""
+
+    def listed(values: Tensor | None) -> list[float] | None:
+        return None if values is None else values.tolist()
+
+    if row.blank:
+        return {"step": row.step, "blank": list(row.blank)}
+    return {
+        "step": row.step,
+        "image": listed(row.image),
+        "text": listed(row.text),
+        "nearest": listed(row.nearest),
+        "drift": listed(row.drift),
+    }
+
+
+def read_curve(path: Path) -> Curve:
+    """The scorings of a run from its `scores.jsonl`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The curve.
+    """
+    facts, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+    def tensor(values: list[float] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+    yardstick = Yardstick(
+        tuple(facts["prompts"]), facts["ceiling"], torch.tensor(facts["nearest_real"])
+    )
+    return Curve(
+        yardstick,
+        [
+            StepScores(
+                row["step"],
+                torch.tensor(row["image"], dtype=torch.float64),
+                tensor(row["text"]),
+                torch.tensor(row["nearest"], dtype=torch.float64),
+                tensor(row["drift"]),
+                tuple(row["blank"]),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _unscored(step: int, count: int, blank: tuple[str, ...]) -> StepScores:
+    """A scoring whose pictures cannot be scored."""
+    nothing = torch.full((count,), float("nan"), dtype=torch.float64)
+    return StepScores(step, nothing, None, nothing, None, blank)

@@ -1,0 +1,73 @@
+"""From the settings of a training to its scorer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dreamrie.config import TrainConfig
+from dreamrie.diffusion.images import list_images, load_image
+from dreamrie.diffusion.pipeline import Components, check_prompt
+from dreamrie.diffusion.source import EMBEDDED
+from dreamrie.errors import ConfigError
+from eval.encoders import Encoder, load_encoder
+from eval.prompts import load_prompts
+from eval.training.scorer import ConceptScorer, Plan
+
+_DRIFT_PROMPTS = 4
+
+
+def make_scorer(config: TrainConfig, components: Components, folder: Path) -> ConceptScorer:
+    """Build the scorer of a run.
+
+    Args:
+        config: resolved settings, with `score_steps`.
+        components: the model in training, with its adapter.
+        folder: output folder of the run.
+
+    Returns:
+        The scorer; it has drawn nothing yet.
+
+    Raises:
+        ConfigError: an encoder cannot be had, prompts cannot be read, or there is one picture only.
+    """
+    scores = config.scores
+    pictures = tuple(load_image(path) for path in list_images(config.data.instance_data_dir))
+    if len(pictures) < 2:
+        raise ConfigError(
+            f"scores need at least two pictures of the concept, because they are judged by how similar the pictures "
+            f"are to each other; {config.data.instance_data_dir} holds {len(pictures)}\n"
+            "  where: --score_steps\n"
+            "  what to do: add a picture, or leave --score_steps out"
+        )
+    token, subject = str(scores.token), str(scores.subject_class)
+    chosen = load_prompts(str(scores.score_prompts), subject_class=subject).spread(
+        scores.score_images
+    )
+    drift_set = "drift-embedded" if components.source.resolved == EMBEDDED else "drift"
+    drift = load_prompts(drift_set).spread(_DRIFT_PROMPTS)
+    prompts = tuple(prompt.text(f"{token} {subject}") for prompt in chosen)
+    for prompt in prompts:
+        check_prompt(components.tokenizer, prompt, "--score_prompts")
+    image_encoder, text_encoder = _encoders(scores.score_encoders or [])
+    plan = Plan(
+        prompts=prompts,
+        texts=tuple(prompt.text(subject) for prompt in chosen),
+        drift_prompts=tuple(prompt.text("") for prompt in drift),
+        reference=pictures,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        steps=scores.score_inference_steps or 25,
+        guidance_scale=float(config.validation.guidance_scale or 0.0),
+        batch_size=config.prior.sample_batch_size,
+        max_steps=config.schedule.max_train_steps,
+    )
+    return ConceptScorer(components, plan, folder)
+
+
+def _encoders(entries: list[str]) -> tuple[Encoder, Encoder | None]:
+    """The first encoder, and the first that reads texts; `NAME` or `NAME=FILE`."""
+    loaded = []
+    for entry in entries:
+        name, _, file = entry.partition("=")
+        loaded.append(load_encoder(name, Path(file) if file else None))
+    return loaded[0], next((e for e in loaded if e.text_score is not None), None)
