@@ -20,6 +20,7 @@ VERSIONS = {
     "copy_score": 1,
     "prior_drift": 1,
     "prompt_retrieval": 1,
+    "prompt_margin": 1,
     "diversity": 1,
     "background_color": 1,
 }
@@ -159,6 +160,33 @@ def prompt_retrieval(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tenso
             f"each picture needs its own prompt: {len(left)} pictures, {len(own)} rows."
         )
     return ((left @ right.T).argmax(1) == torch.tensor(list(own))).double()
+
+
+def prompt_margin(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tensor:
+    """How much nearer a picture is to its own prompt than to the other prompts of the set, on average.
+
+    What all prompts share, such as the subject, cancels: the margin says whether the rest of the prompt is followed.
+    It is 0 for pictures that ignore their prompts, with any encoder.
+
+    Args:
+        images: (n, d).
+        texts: (k, d), every different prompt once.
+        own: row of `texts` that belongs to each picture.
+
+    Returns:
+        (n,), cosine to the own prompt minus the mean cosine to the others.
+
+    Raises:
+        ConfigError: numbers differ, fewer than two prompts, not normalized. NumericalError: not finite.
+    """
+    left, right = _check("images", images), _check("texts", texts, 2)
+    if len(own) != len(left):
+        raise ConfigError(
+            f"each picture needs its own prompt: {len(left)} pictures, {len(own)} rows."
+        )
+    cosines = left @ right.T
+    mine = cosines.gather(1, torch.tensor(list(own)).unsqueeze(1)).squeeze(1)
+    return mine - (cosines.sum(1) - mine) / (right.shape[0] - 1)
 
 
 def bootstrap_interval(

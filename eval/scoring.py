@@ -124,6 +124,20 @@ def score_folders(
     return scores
 
 
+def intervals(values: Tensor, groups: Sequence[str]) -> str:
+    """Mean and 95 % interval over prompts as text.
+
+    Args:
+        values: (n,).
+        groups: prompt of each value.
+
+    Returns:
+        "0.412 [0.389 0.435]".
+    """
+    low, high = metrics.bootstrap_interval(values, groups)
+    return f"{float(values.mean()):.3f} [{low:.3f} {high:.3f}]"
+
+
 def table(scores: Sequence[Score]) -> str:
     """A line for each score, and a line for each encoder saying what the numbers depend on."""
     width = max(len(score.name) for score in scores)

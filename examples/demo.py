@@ -3,13 +3,14 @@
     python -m examples.demo
 
 Trains with `train_dreambooth.py --config examples/demo.yaml`, as anyone would. Then it loads the
-saved file into a stock diffusers pipeline on the untouched base, so the picture shows what the file
-does, not what the trainer had in memory.
+file that the scores chose into a stock diffusers pipeline on the untouched base, so the picture shows
+what the file does, not what the trainer had in memory. Base model and file are then scored.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -25,9 +26,14 @@ from PIL import Image
 from dreamrie.config import TrainConfig, parse_config
 from dreamrie.diffusion.images import check_images, load_image
 from dreamrie.diffusion.source import quiet_libraries, resolve_model
+from dreamrie.trainer import BEST
+from eval.prompts import load_prompts
 from examples import demo_pictures
+from examples.demo_scores import score_table
 
 ROOT = Path(__file__).resolve().parent.parent
+BATCH, FIRST_SEED = 11, 1000
+FRESH = "prompts and seeds that neither training nor the choice of the step has used together"
 
 
 class Stopwatch:
@@ -76,52 +82,92 @@ def load_base(config: TrainConfig) -> diffusers.StableDiffusionPipeline:
     return pipe
 
 
-def draw(pipe: diffusers.StableDiffusionPipeline, config: TrainConfig) -> list[list[Image.Image]]:
-    """Draw every prompt of the configuration.
+def draw(
+    pipe: diffusers.StableDiffusionPipeline,
+    config: TrainConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Image.Image]:
+    """Draw one picture for each prompt and seed.
 
     Args:
         pipe: with or without an adapter.
-        config: prompts, steps, guidance and the number of rows.
+        config: sampling steps and guidance.
+        prompts: what to draw.
+        seeds: one for each prompt.
 
     Returns:
-        Rows of pictures; row k has seed + k, one picture for each prompt.
+        The pictures.
     """
-    settings = config.validation
-    rows = []
-    for row in range(settings.num_validation_images):
-        seed = config.schedule.seed + row
-        generators = [torch.Generator().manual_seed(seed) for _ in settings.validation_prompt]
-        rows.append(
-            pipe(
-                prompt=list(settings.validation_prompt),
-                generator=generators,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-            ).images
-        )
-    return rows
+    settings, pictures = config.validation, []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        pictures += pipe(
+            prompt=list(prompts[part]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+        ).images
+    return pictures
 
 
-def compare(config: TrainConfig) -> list[demo_pictures.Row]:
-    """Draw the rows of the picture: references, the base model, the base model with the file.
+def chosen_adapter(folder: Path) -> tuple[Path, str]:
+    """The adapter that the scores prefer and its name in the grid; without scores the last one.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Folder of the adapter, and words for it.
+    """
+    record = folder / BEST / "best.json"
+    if not record.is_file():
+        return folder, "with the adapter"
+    step = json.loads(record.read_text("utf-8"))["step"]
+    return folder / BEST, f"with the adapter of step {step}, chosen by its scores"
+
+
+def compare(config: TrainConfig) -> tuple[list[demo_pictures.Row], str]:
+    """Draw the rows of the picture, and score base model and adapter.
 
     Args:
         config: of the run whose adapter lies in its output folder.
 
     Returns:
-        Labelled rows, top to bottom.
+        Labelled rows, top to bottom: references, the base model, the base model with the file; and the scores, "" when
+        the run had none.
     """
     references = [load_image(path) for path in check_images(config.data.instance_data_dir)]
+    grid, settings = list(config.validation.validation_prompt), config.scores
+    rounds = config.validation.num_validation_images
+    seeds = [config.schedule.seed + number for number in range(rounds) for _ in grid]
+    scored, texts = [], []
+    if settings.score_steps:
+        chosen = load_prompts(str(settings.score_prompts)).prompts
+        scored = [prompt.text(f"{settings.token} {settings.subject_class}") for prompt in chosen]
+        texts = [prompt.text(str(settings.subject_class)) for prompt in chosen]
+    # Scores while training use hashed seeds, so these are new to the choice of the step.
+    fresh = [FIRST_SEED + number for number in range(len(scored))]
     pipe = load_base(config)
-    before = draw(pipe, config)
-    pipe.load_lora_weights(config.output.output_dir)
-    after = draw(pipe, config)
-    prompts = list(config.validation.validation_prompt)
+    adapter, label = chosen_adapter(config.output.output_dir)
+    before = draw(pipe, config, grid * rounds + scored, seeds + fresh)
+    pipe.load_lora_weights(adapter)
+    after = draw(pipe, config, grid * rounds + scored, seeds + fresh)
     names = [f'"{config.data.instance_prompt}"'] + [""] * (len(references) - 1)
     rows = [demo_pictures.Row("the pictures it was trained on", references, names)]
-    rows += [demo_pictures.Row("base model", pictures, prompts) for pictures in before]
-    rows += [demo_pictures.Row("with the adapter", pictures, prompts) for pictures in after]
-    return rows
+    width = len(grid)
+    for words, pictures in (("base model", before), (label, after)):
+        rows += [
+            demo_pictures.Row(words, pictures[start : start + width], grid)
+            for start in range(0, width * rounds, width)
+        ]
+    if not scored:
+        return rows, ""
+    encoders = [name.partition("=")[0] for name in settings.score_encoders or []]
+    new = len(seeds)
+    return rows, score_table(
+        before[new:], after[new:], references, texts, (encoders[0], encoders[-1])
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     watch = Stopwatch()
     train(flags)
     watch.lap("training")
-    rows = compare(config)
+    rows, scores = compare(config)
     watch.lap("drawing")
     pictures = {
         "loss": folder / "loss.png",
@@ -156,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(watch.report())
     for name, path in pictures.items():
         print(f"{name}: {path}")
+    if scores:
+        print(f"scores on {FRESH}:\n{scores}")
 
 
 if __name__ == "__main__":

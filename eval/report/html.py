@@ -36,7 +36,7 @@ def write_report(result: Result) -> Path:
         Path of the page, below 5 MB.
 
     Raises:
-        ConfigError: generated pictures are missing, or there are none.
+        ConfigError: generated pictures are missing, or there are none, or one of drift has no counterpart.
     """
     concept = of_kind(result, "concept")
     if not concept:

@@ -57,7 +57,7 @@ def plot_prompts(
     Returns:
         SVG.
     """
-    figure, (axes,) = make_figure(5.4, 4.3, theme)
+    figure, (axes,) = make_figure(4.7, 3.9, theme)
     heights = [point.y for point in points]
     axes.set_xlim(*padded([point.x for point in points], 0.12))
     axes.set_ylim(*padded(heights if ceiling is None else [*heights, ceiling], 0.12))
@@ -108,7 +108,7 @@ def plot_distributions(
         SVG.
     """
     rows = 1 if copies is None else 2
-    figure, panels = make_figure(5.4, 4.3 if rows == 2 else 2.6, theme, rows)
+    figure, panels = make_figure(4.7, 3.9 if rows == 2 else 2.4, theme, rows)
     every = [*image, *ceiling, *([*copies.nearest.values(), copies.bar] if copies else [])]
     # One scale for both: they are cosines of the same embeddings.
     limits = padded(every, 0.06)

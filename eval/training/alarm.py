@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from eval.training.choice import TEXT_FLOOR, Choice, follows_prompts
+from eval.training.choice import PROMPT_FLOOR, Choice, follows_prompts
 from eval.training.curve import Curve, StepScores, interval
 
-# Overfitting against the chosen step: text similarity lost beyond noise, as a share of the base model's.
-TEXT_LOSS = 0.05
+# Overfitting against the chosen step: prompt margin lost beyond noise, as a share of the base model's.
+PROMPT_LOSS = 0.1
 # Drift counts when it rose at each of the last scorings and is this many times that of the chosen step.
 DRIFT_RISES, DRIFT_FACTOR = 3, 1.5
 # Share of pictures that are nearer to a training picture than the training pictures are to each other.
@@ -81,19 +81,18 @@ def overfitting_symptoms(curve: Curve, choice: Choice) -> list[str]:
     """
     latest, best = curve.trained[-1], _row(curve, choice.step)
     found = []
-    kept = curve.text_kept(latest)
+    kept = curve.prompts_kept(latest)
     if not follows_prompts(curve, latest):
         found.append(
-            f"text similarity is {float(kept[0]):.0%} of the base model's, and {TEXT_FLOOR:.0%} is the least that "
-            "still follows prompts"
+            f"prompts are followed {float(kept[0]):.0%} as well as by the base model; {PROMPT_FLOOR:.0%} is the least"
         )
     elif latest.step > best.step:
-        loss = curve.text_kept(best) - kept
+        loss = curve.prompts_kept(best) - kept
         flat = curve.difference(latest, best, curve.image)[1] <= 0
-        if flat and float(loss[0]) > TEXT_LOSS and interval(loss[1:])[0] > 0:
+        if flat and float(loss[0]) > PROMPT_LOSS and interval(loss[1:])[0] > 0:
             found.append(
-                f"text similarity fell by {float(loss[0]):.0%} since step {best.step} while image similarity did not "
-                "rise"
+                f"prompts are followed less well than at step {best.step}, by {float(loss[0]):.0%} of the base model's "
+                "margin, while image similarity did not rise"
             )
     if latest.step > best.step:
         found += _drifting(curve, best) + _copying(curve, best)

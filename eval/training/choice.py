@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from eval.training.curve import Curve, StepScores, interval
 
-# A step follows prompts unless its text similarity is below this share of the base model's, beyond noise.
-TEXT_FLOOR = 0.9
+# A step follows prompts unless its prompt margin is below this share of the base model's, beyond noise. Text similarity
+# itself also falls because the concept does not look like its class, which is no fault.
+PROMPT_FLOOR = 0.8
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Choice:
 
 
 def follows_prompts(curve: Curve, row: StepScores) -> bool:
-    """Whether the 95 % interval of the text similarity that is left reaches the floor.
+    """Whether the 95 % interval of the prompt margin that is left reaches the floor.
 
     Args:
         curve: of a run.
@@ -40,11 +41,11 @@ def follows_prompts(curve: Curve, row: StepScores) -> bool:
     Returns:
         True also without an encoder that reads texts.
     """
-    return interval(curve.text_kept(row)[1:])[1] >= TEXT_FLOOR
+    return interval(curve.prompts_kept(row)[1:])[1] >= PROMPT_FLOOR
 
 
 def choose(curve: Curve) -> Choice | None:
-    """The earliest step within one standard error of the highest image similarity, text similarity above its floor.
+    """The earliest step within one standard error of the highest image similarity that still follow prompts.
 
     The standard error is that of the paired difference to the highest, over draws of prompts (the one-standard-error
     rule of Breiman et al., Classification and Regression Trees, 1984). Among equals the earliest has moved least from
@@ -60,10 +61,10 @@ def choose(curve: Curve) -> Choice | None:
         return None
     rows = [row for row in curve.trained if follows_prompts(curve, row)]
     if not rows:
-        row = max(curve.trained, key=lambda row: float(curve.text_kept(row)[0]))
-        kept = 100 * float(curve.text_kept(row)[0])
-        floor = f"no step keeps {TEXT_FLOOR:.0%} of the base model's text similarity"
-        reason = f"{floor}; step {row.step} keeps most, {kept:.0f} %"
+        row = max(curve.trained, key=lambda row: float(curve.prompts_kept(row)[0]))
+        kept = 100 * float(curve.prompts_kept(row)[0])
+        floor = f"no step follows prompts {PROMPT_FLOOR:.0%} as well as the base model"
+        reason = f"{floor}; step {row.step} does best, {kept:.0f}%"
         return Choice(row.step, row.step, False, reason)
     peak = max(rows, key=lambda row: float(curve.likeness(row)[0]))
     row = next(row for row in rows if _gap(curve, peak, row)[0] <= _gap(curve, peak, row)[1])
@@ -79,10 +80,10 @@ def _gap(curve: Curve, peak: StepScores, row: StepScores) -> tuple[float, float]
 def _reason(curve: Curve, row: StepScores, peak: StepScores) -> str:
     """The choice in words."""
     image, ceiling = float(curve.image(row)[0]), curve.yardstick.ceiling
-    start = f"step {row.step} has image similarity {image:.3f} (real pictures to each other: {ceiling:.3f})"
+    start = f"image similarity {image:.3f} (real pictures to each other: {ceiling:.3f})"
     if row.text is not None and curve.base is not None and curve.base.text is not None:
         before, now = float(curve.text(curve.base)[0]), float(curve.text(row)[0])
-        start += f" and text similarity {now:.3f} (base model: {before:.3f})"
+        start += f", text similarity {now:.3f} (base model: {before:.3f})"
     left_out = [str(r.step) for r in curve.trained if not follows_prompts(curve, r)]
     end = ""
     if left_out:

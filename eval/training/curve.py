@@ -25,6 +25,7 @@ class StepScores:
         step: optimizer step; 0 is the base model.
         image: (n,) image similarity of each picture.
         text: (n,) text similarity; None without an encoder that reads texts.
+        margin: (n,) `metrics.prompt_margin`, over the prompts of the run; None without texts.
         nearest: (n,) cosine to the nearest training picture.
         drift: (m,) prior drift of the unrelated prompts; None at step 0.
         blank: names of pictures that are black or of one color; with any, the step takes part in nothing.
@@ -33,6 +34,7 @@ class StepScores:
     step: int
     image: Tensor
     text: Tensor | None
+    margin: Tensor | None
     nearest: Tensor
     drift: Tensor | None = None
     blank: tuple[str, ...] = ()
@@ -96,12 +98,12 @@ class Curve:
         """Mean image similarity, (1 + draws,), at most the ceiling: beyond it lie copies."""
         return self.image(row).clamp(max=self.yardstick.ceiling)
 
-    def text_kept(self, row: StepScores) -> Tensor:
-        """Text similarity as a share of the base model's on the same prompts, (1 + draws,); 1 without texts."""
+    def prompts_kept(self, row: StepScores) -> Tensor:
+        """How well prompts are followed, as a share of the base model's margin, (1 + draws,); 1 without texts."""
         base = self.base
-        if row.text is None or base is None or base.text is None:
+        if row.margin is None or base is None or base.margin is None:
             return torch.ones(1 + DRAWS, dtype=torch.float64)
-        return self.text(row) / self.text(base)
+        return self.means(row.margin) / self.means(base.margin)
 
     def copies(self, row: StepScores) -> float:
         """Share of pictures nearer to a training picture than any training picture is to another."""

@@ -150,18 +150,30 @@ class ConceptScorer:
         if blank:
             return _unscored(step, len(plan.prompts), blank)
         ours = encoder.embed_images(pictures)
-        text = None
-        if plan.text_encoder is not None and self._texts is not None:
-            same = plan.text_encoder is encoder
-            seen = ours if same else plan.text_encoder.embed_images(pictures)
-            text = metrics.text_similarity(seen, self._texts)
+        text, margin = self._read(pictures, ours)
         return StepScores(
             step,
             metrics.image_similarity(ours, self._real),
             text,
+            margin,
             metrics.copy_score(ours, self._real)[0],
             None if others is None else metrics.prior_drift(base, encoder.embed_images(others)),
         )
+
+    def _read(
+        self, pictures: list[Image.Image], ours: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Text similarity and prompt margin; `ours` are the pictures as the image encoder sees them."""
+        plan = self._plan
+        if plan.text_encoder is None or self._texts is None:
+            return None, None
+        seen = ours
+        if plan.text_encoder is not plan.image_encoder:
+            seen = plan.text_encoder.embed_images(pictures)
+        distinct = list(dict.fromkeys(plan.texts))
+        own = [distinct.index(text) for text in plan.texts]
+        rows = self._texts[[plan.texts.index(text) for text in distinct]]
+        return metrics.text_similarity(seen, self._texts), metrics.prompt_margin(seen, rows, own)
 
     def _record(self, row: StepScores) -> None:
         """Append the single values; the first line says what they depend on."""
@@ -187,7 +199,10 @@ class ConceptScorer:
             "max_steps": plan.max_steps,
             "metrics": {
                 name: metrics.VERSIONS[name]
-                for name in ("image_similarity", "text_similarity", "copy_score", "prior_drift")
+                for name in (
+                    *("image_similarity", "text_similarity", "prompt_margin"),
+                    *("copy_score", "prior_drift"),
+                )
             },
             "encoders": {
                 e.name: {"weights_sha256": e.weights_sha256, "preprocessing": e.preprocessing}
@@ -211,7 +226,7 @@ def summary(curve: Curve, row: StepScores) -> dict[str, Any]:
         row: one of its scorings.
 
     Returns:
-        "image" and "text" as (mean, low, high), "drift", "copies"; or "blank" alone.
+        "image" and "text" as (mean, low, high), "drift", "copies", "prompts_kept"; or "blank" alone.
     """
     if row.blank:
         return {"blank": len(row.blank)}
@@ -221,6 +236,7 @@ def summary(curve: Curve, row: StepScores) -> dict[str, Any]:
             found[name] = (float(values[0]), *interval(values[1:]))
     found["drift"] = None if row.drift is None else float(row.drift.mean())
     found["copies"] = curve.copies(row)
+    found["prompts_kept"] = float(curve.prompts_kept(row)[0])
     return found
 
 
@@ -236,6 +252,7 @@ def as_record(row: StepScores) -> dict[str, Any]:
         "step": row.step,
         "image": listed(row.image),
         "text": listed(row.text),
+        "margin": listed(row.margin),
         "nearest": listed(row.nearest),
         "drift": listed(row.drift),
     }
@@ -251,30 +268,26 @@ def read_curve(path: Path) -> Curve:
         The curve.
     """
     facts, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    prompts = tuple(facts["prompts"])
+    yardstick = Yardstick(prompts, facts["ceiling"], torch.tensor(facts["nearest_real"]))
+    return Curve(yardstick, [_from_record(row, len(prompts)) for row in rows])
 
-    def tensor(values: list[float] | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, dtype=torch.float64)
 
-    yardstick = Yardstick(
-        tuple(facts["prompts"]), facts["ceiling"], torch.tensor(facts["nearest_real"])
-    )
-    return Curve(
-        yardstick,
-        [
-            StepScores(
-                row["step"],
-                torch.tensor(row["image"], dtype=torch.float64),
-                tensor(row["text"]),
-                torch.tensor(row["nearest"], dtype=torch.float64),
-                tensor(row["drift"]),
-                tuple(row["blank"]),
-            )
-            for row in rows
-        ],
+def _from_record(row: dict[str, Any], count: int) -> StepScores:
+    """The reverse of `as_record`."""
+    if row.get("blank"):
+        return _unscored(row["step"], count, tuple(row["blank"]))
+
+    def tensor(name: str) -> Tensor | None:
+        return None if row[name] is None else torch.tensor(row[name], dtype=torch.float64)
+
+    image, nearest = (torch.tensor(row[name], dtype=torch.float64) for name in ("image", "nearest"))
+    return StepScores(
+        row["step"], image, tensor("text"), tensor("margin"), nearest, tensor("drift")
     )
 
 
 def _unscored(step: int, count: int, blank: tuple[str, ...]) -> StepScores:
     """A scoring whose pictures cannot be scored."""
     nothing = torch.full((count,), float("nan"), dtype=torch.float64)
-    return StepScores(step, nothing, None, nothing, None, blank)
+    return StepScores(step, nothing, None, None, nothing, None, blank)

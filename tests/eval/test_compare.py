@@ -71,6 +71,13 @@ def test_pairing_sees_what_lies_below_the_noise_of_prompts(tmp_path: Path) -> No
     found = compare.differences({"a": runs[0], "b": runs[1]}, shown)[0]
     assert found.interval is not None
     assert 0.02 < found.interval[0] < found.mean < found.interval[1] < 0.03
+    # Drawn over prompts, not over pictures.
+    gains = torch.tensor(
+        [b - a for a, b in zip(hard.tolist(), (hard + gain).tolist(), strict=True)]
+    )
+    files = [str(number) for number in range(40)]
+    assert found.interval == pytest.approx(metrics.bootstrap_interval(gains, groups), abs=1e-6)
+    assert found.interval != pytest.approx(metrics.bootstrap_interval(gains, files), abs=1e-4)
     assert found.verdict == "higher"
 
 
@@ -235,4 +242,5 @@ def test_one_prompt_gives_no_interval(tmp_path: Path) -> None:
         saved(make_result(tmp_path / name, ["a sks owl"], 2, lambda i, s=s: s + 0.1 * i))
         for name, s in (("a", 0.1), ("b", 0.2))
     ]
-    assert "one prompt, so nothing can be said about noise" in compare.run(options(*folders))
+    text = compare.run(options(*folders))
+    assert text.count("one prompt, so nothing can be said about noise") == 3

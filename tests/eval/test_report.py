@@ -92,13 +92,13 @@ def test_everything_that_a_number_depends_on_is_there(tmp_path: Path) -> None:
 def test_texts_of_a_run_stay_texts(tmp_path: Path) -> None:
     """A prompt with tags and quotes is shown as it is, wherever it stands, and makes no element."""
     result = make_result(tmp_path / "run", (EVIL, "a sks owl", "an sks owl at sea"))
-    odd = {**result.protocol, "<i>": "</table><script>", "adapter": "<u>a"}
+    odd = {**result.protocol, "<u>": "</table><script>", "adapter": "<u>a"}
     page = report(write_files(dataclasses.replace(result, protocol=odd)))
-    assert not {"script", "i", "u", "b"} & ({tag for tag, _ in page.tags} - {"i", "b"})
+    assert page.open == []
+    assert not {"script", "u"} & {tag for tag, _ in page.tags}
     assert page.text.count(EVIL) == 2  # in the table and above its row
     assert "</table><script>" in page.text
     assert any(f"{EVIL}, seed 0" == image["alt"] for image in page.attributes("img"))
-    assert [element for element in page.attributes("i") if "style" not in element] == []
 
 
 def test_the_page_loads_nothing(tmp_path: Path) -> None:

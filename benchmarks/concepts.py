@@ -1,0 +1,302 @@
+"""Every example concept on the embedded model, several seeds: does image similarity rise, and is `best/` the best?
+
+    python -m benchmarks.concepts
+
+Trains each concept with `examples/demo.yaml`, then draws every prompt of the embedded set from fresh seeds with the
+base model and with the adapter of `best/`. The first seed of each concept is also searched by brute force: every
+scored adapter draws ten times the pictures of a scoring, and the same rule chooses again. Finished runs in the output
+folder are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train_dreambooth
+from dreamrie.config import TrainConfig, parse_config
+from dreamrie.diffusion.adapters import load_saved_adapter
+from dreamrie.diffusion.components import load_components
+from dreamrie.diffusion.images import contact_sheet, list_images, load_image, save_png
+from dreamrie.diffusion.pipeline import sample
+from dreamrie.diffusion.streams import derive_seed
+from dreamrie.files import write_atomic
+from dreamrie.trainer import BEST, SCORED
+from eval import metrics
+from eval.encoders import Encoder, load_encoder
+from eval.prompts import load_prompts
+from eval.training import Curve, StepScores, Yardstick, choose
+from eval.training.curve import interval
+
+ROOT = Path(__file__).resolve().parent.parent
+CONCEPTS = ROOT / "examples" / "concepts"
+BRUTE_FACTOR = 10
+DONE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A concept and seed: base model, adapter of `best/`, paired difference with its 95 % interval over prompts."""
+
+    concept: str
+    seed: int
+    step: int
+    image: tuple[float, float, float, float, float]
+    text: tuple[float, float, float, float, float]
+
+    @property
+    def rises(self) -> bool:
+        """Whether image similarity rose beyond noise."""
+        return self.image[3] > 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """`best/` against a search with ten times the pictures; similarities are those of the search."""
+
+    concept: str
+    step: int
+    found: int
+    image: float
+    found_image: float
+    interval: tuple[float, float]
+    paired: tuple[float, float]
+
+    @property
+    def agrees(self) -> bool:
+        """The same step, or one whose image similarity lies in the interval of the step that the search found."""
+        return self.step == self.found or self.interval[0] <= self.image <= self.interval[1]
+
+
+def flags_of(concept: str, seed: int, folder: Path, extra: Sequence[str]) -> list[str]:
+    """Command line of one training; demo.yaml names another concept."""
+    words = concept.replace("_", " ")
+    flags = ["--config", str(ROOT / "examples" / "demo.yaml"), "--seed", str(seed)]
+    flags += ["--instance_data_dir", str(CONCEPTS / concept)]
+    flags += ["--instance_prompt", f"a photo of a sks {words}", "--output_dir", str(folder)]
+    flags += ["--validation_prompt", f"a photo of a sks {words}", "--validation_steps", "1000000"]
+    return [*flags, *extra]
+
+
+def train_one(job: tuple[str, int, Path, list[str]]) -> str:
+    """Train unless it is done; returns a line about it."""
+    concept, seed, folder, extra = job
+    if (folder / DONE).is_file():
+        return f"{folder.name}: trained before"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two trainings side by side must not fight for threads.
+    torch.set_num_threads(1)
+    heard = io.StringIO()
+    with contextlib.redirect_stderr(heard):
+        code = train_dreambooth.main(flags_of(concept, seed, folder, extra))
+    if code:
+        raise SystemExit(f"{folder.name}: training ended with {code}: {heard.getvalue()[-500:]}")
+    return f"{folder.name}: trained"
+
+
+class Examiner:
+    """Draws and scores on seeds that neither training nor its scores have used.
+
+    Args:
+        encoders: for image similarity and for text similarity.
+        sampling: steps, guidance and batch size.
+    """
+
+    def __init__(self, encoders: tuple[Encoder, Encoder], sampling: tuple[int, float, int]) -> None:
+        self.image, self.reader = encoders
+        self.sampling = sampling
+
+    def scores(
+        self, config: TrainConfig, adapter: Path | None, count: int, stream: str, sheet: Path
+    ) -> tuple[StepScores, Yardstick]:
+        """Score the base model or an adapter on `count` pictures of the embedded prompts."""
+        components = load_components(config.model.pretrained_model_name_or_path)
+        step = 0
+        if adapter is not None:
+            step = int(load_saved_adapter(components, adapter)["steps"])
+        token, subject = str(config.scores.token), str(config.scores.subject_class)
+        prompts = load_prompts("embedded").spread(count)
+        steps, guidance, batch = self.sampling
+        pictures = sample(
+            components,
+            [prompt.text(f"{token} {subject}") for prompt in prompts],
+            [derive_seed(1, stream, number) for number in range(count)],
+            steps=steps,
+            guidance_scale=guidance,
+            batch_size=batch,
+        )
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        save_png(contact_sheet(pictures[:22], columns=11), sheet)
+        paths = list_images(config.data.instance_data_dir)
+        real = self.image.embed_images([load_image(path) for path in paths])
+        ours = self.image.embed_images(pictures)
+        texts = [prompt.text(subject) for prompt in prompts]
+        seen = self.reader.embed_images(pictures)
+        nearest, nearest_real = metrics.copy_score(ours, real)
+        distinct = list(dict.fromkeys(texts))
+        own = [distinct.index(text) for text in texts]
+        row = StepScores(
+            step,
+            metrics.image_similarity(ours, real),
+            metrics.text_similarity(seen, self.reader.embed_texts(texts)),
+            metrics.prompt_margin(seen, self.reader.embed_texts(distinct), own),
+            nearest,
+        )
+        return row, Yardstick(tuple(texts), float(metrics.ceiling(real).mean()), nearest_real)
+
+
+def gain(concept: str, seed: int, base: StepScores, row: StepScores, yardstick: Yardstick) -> Gain:
+    """Paired difference of an adapter to the base model."""
+    curve = Curve(yardstick, [base, row])
+    values = []
+    for of in (curve.image, curve.text):
+        values.append((float(of(base)[0]), float(of(row)[0]), *curve.difference(row, base, of)))
+    return Gain(concept, seed, row.step, values[0], values[1])
+
+
+def search(concept: str, kept: int, rows: Sequence[StepScores], yardstick: Yardstick) -> Search:
+    """Choose again from many pictures.
+
+    Args:
+        concept: name.
+        kept: step in `best/`.
+        rows: base model first, then every scored step.
+        yardstick: of the concept.
+
+    Returns:
+        How the step in `best/` compares.
+    """
+    curve = Curve(yardstick, rows)
+    choice = choose(curve)
+    if choice is None:
+        raise SystemExit(f"{concept}: no step could be scored")
+    by_step = {row.step: row for row in rows}
+    mine, found = curve.likeness(by_step[kept]), curve.likeness(by_step[choice.step])
+    return Search(
+        concept,
+        kept,
+        choice.step,
+        float(mine[0]),
+        float(found[0]),
+        interval(found[1:]),
+        interval((mine - found)[1:]),
+    )
+
+
+def report(gains: Sequence[Gain], searches: Sequence[Search]) -> str:
+    """Both tables."""
+    lines = ["base model -> adapter of best/, paired difference [95 % interval over prompts]", ""]
+    lines.append(
+        f"{'concept':<15} seed  step  {'image similarity':<44} {'text similarity':<44} rises"
+    )
+    for row in gains:
+        cells = [
+            "{:.3f} -> {:.3f}  {:+.3f} [{:+.3f} {:+.3f}]".format(*part)
+            for part in (row.image, row.text)
+        ]
+        said = "yes" if row.rises else "NO"
+        lines.append(
+            f"{row.concept:<15} {row.seed:4d}  {row.step:4d}  {cells[0]:<44} {cells[1]:<44} {said}"
+        )
+    changes = torch.tensor([row.image[2] for row in gains])
+    spread = float(changes.std()) if len(changes) > 1 else 0.0
+    rising = sum(row.rises for row in gains)
+    lines.append(
+        f"image similarity rises beyond noise in {rising} of {len(gains)} runs; by {float(changes.mean()):+.3f} on "
+        f"average, standard deviation {spread:.3f} over runs"
+    )
+    lines += ["", f"best/ against a search with {BRUTE_FACTOR} times the pictures", ""]
+    lines.append(
+        f"{'concept':<15} best/  search  image of best/, of search [95 %]     paired difference  agrees"
+    )
+    for found in searches:
+        lines.append(
+            f"{found.concept:<15} {found.step:5d}  {found.found:6d}  {found.image:.4f}, {found.found_image:.4f} "
+            "[{:.4f} {:.4f}]  ".format(*found.interval)
+            + "[{:+.4f} {:+.4f}]  ".format(*found.paired)
+            + ("yes" if found.agrees else "NO")
+        )
+    agree = sum(found.agrees for found in searches)
+    same = sum(found.step == found.found for found in searches)
+    lines.append(
+        f"best/ is the step of the search, or within its interval, in {agree} of {len(searches)} runs (the same step "
+        f"in {same})"
+    )
+    return "\n".join(lines)
+
+
+def examine(
+    runs: Sequence[tuple[str, int, Path]], extra: Sequence[str]
+) -> tuple[list[Gain], list[Search]]:
+    """Score all trained runs; the first run of a concept is searched by brute force."""
+    encoders = load_encoder("effnet-lite2-64"), load_encoder("tiny-clip")
+    gains, searches, bases = [], [], {}
+    for concept, seed, folder in runs:
+        config = parse_config(flags_of(concept, seed, folder, extra))
+        sampling = (int(config.scores.score_inference_steps or 10), 4.0, 16)
+        examiner, best = Examiner(encoders, sampling), folder / BEST
+        if concept not in bases:
+            base = examiner.scores(config, None, 22, "gain", folder / "examined" / "base.png")
+            bases[concept] = base
+            count = BRUTE_FACTOR * config.scores.score_images
+            folders = [None, *sorted((folder / SCORED).glob("step-*[1-9]*"))]
+            sheets = folder / "examined"
+            rows = [
+                examiner.scores(config, path, count, "search", sheets / f"search-{number}.png")
+                for number, path in enumerate(folders)
+            ]
+            kept = json.loads((best / "best.json").read_text("utf-8"))["step"]
+            searches.append(search(concept, kept, [row for row, _ in rows], rows[0][1]))
+            print(searches[-1], flush=True)
+        row, yardstick = examiner.scores(config, best, 22, "gain", folder / "examined" / "best.png")
+        gains.append(gain(concept, seed, bases[concept][0], row, yardstick))
+        print(gains[-1], flush=True)
+    return gains, searches
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, examine everything, print and write the tables.
+
+    Args:
+        argv: `--output DIR`, `--seeds N`, `--jobs N`, `--concepts NAME,NAME`, and any flag of `train_dreambooth.py`.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/concepts"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
+    names = ",".join(sorted(path.name for path in CONCEPTS.iterdir()))
+    parser.add_argument("--concepts", default=names)
+    options, extra = parser.parse_known_args(argv)
+    extra = ["--max_train_steps", "300", "--score_steps", "50", *extra]
+    runs = [
+        (concept, seed, options.output / f"{concept}-{seed}")
+        for seed in range(options.seeds)
+        for concept in options.concepts.split(",")
+    ]
+    jobs = [(*run, extra) for run in runs]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        for line in pool.map(train_one, jobs):
+            print(line, flush=True)
+    gains, searches = examine(runs, extra)
+    print(report(gains, searches))
+    content = {
+        "gains": [dataclasses.asdict(row) for row in gains],
+        "searches": [dataclasses.asdict(row) for row in searches],
+    }
+    path = options.output / "concepts.json"
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
