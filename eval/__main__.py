@@ -1,7 +1,7 @@
 """Command line of the scores.
 
 python -m eval run --adapter DIR --reference DIR --subject-class dog --token sks
-python -m eval compare ...
+python -m eval compare RUN RUN
 python -m eval score --generated DIR --reference DIR [--prompts FILE]
 python -m eval paper --data DIR --adapters DIR --output DIR
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code.
     """
     options = make_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("eval").setLevel(logging.INFO)
     try:
         with sigterm_as_ctrl_c():
             text = COMMANDS[options.command].run(options)

@@ -214,7 +214,7 @@ def draw(
             if picture in missing:
                 save_png(image, output / PICTURES / picture.file)
         saved += len(missing)
-        _log.info("%s: %d pictures drawn, the last is %s", output, saved, batch[-1].file)
+        _log.info("%s: %s drawn, %d pictures in all", output, batch[-1].file, saved)
     return saved
 
 
