@@ -278,7 +278,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ",".join(sorted(path.name for path in CONCEPTS.iterdir()))
     parser.add_argument("--concepts", default=names)
     options, extra = parser.parse_known_args(argv)
-    extra = ["--max_train_steps", "300", "--score_steps", "50", *extra]
     runs = [
         (concept, seed, options.output / f"{concept}-{seed}")
         for seed in range(options.seeds)

@@ -11,8 +11,6 @@ python -m eval paper --data DIR --adapters DIR --output DIR
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,15 +19,13 @@ from dreamrie.errors import DreamrieError
 from dreamrie.trainer import sigterm_as_ctrl_c
 
 try:
-    from eval import paper, run, score_command
+    from eval import compare, paper, run, score_command
 except ModuleNotFoundError as error:
     raise SystemExit(
         f'python -m eval needs the package {error.name}: pip install -e ".[eval]" in the checkout.'
     ) from error
 
-COMMANDS = {"run": run, "score": score_command, "paper": paper}
-if importlib.util.find_spec("eval.compare") is not None:
-    COMMANDS["compare"] = importlib.import_module("eval.compare")
+COMMANDS = {"run": run, "compare": compare, "score": score_command, "paper": paper}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,8 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        words = getattr(module, "HELP", (module.__doc__ or name).split("\n")[0])
-        module.add_arguments(commands.add_parser(name, help=words, description=words))
+        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
     return parser
 
 

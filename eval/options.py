@@ -13,24 +13,23 @@ from eval.encoders import lpips
 
 # What needs no download, and what photos are scored with in the literature.
 OFFLINE = "effnet-lite2,tiny-clip"
+FOR_EMBEDDED = "effnet-lite2-64,tiny-clip"
 FOR_PHOTOS = "dino,dinov2,clip"
 LPIPS = "lpips"
 
 
 def add_encoder_flags(
-    parser: argparse.ArgumentParser, default: str, words: str, dest: str = "encoders"
+    parser: argparse.ArgumentParser, words: str, default: str | None = None
 ) -> None:
     """Add `--encoders` and `--weights`.
 
     Args:
         parser: of a command.
-        default: value when the flag is not given.
         words: the default as the help says it.
-        dest: attribute of the parsed options.
+        default: value when the flag is not given; None: it depends on the model or the settings.
     """
     parser.add_argument(
         "--encoders",
-        dest=dest,
         metavar="NAME,NAME",
         default=default,
         help=f"names of {', '.join(encoders.NAMES)}; default {words}",

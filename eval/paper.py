@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subjects", metavar="NAME,NAME", help="some of those in the settings")
     add("--model", help="base model; default that of the settings")
     add("--batch-size", type=int, default=8, metavar="N")
-    add_encoder_flags(parser, "", "those of the settings", dest="chosen_encoders")
+    add_encoder_flags(parser, "those of the settings")
     parser.set_defaults(encoders=FOR_PHOTOS)
     add("--json", type=Path, help="write the table with the settings")
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> str:
     """
     settings = read_settings(options.config)
     subjects = find_subjects(options, settings)
-    names = options.chosen_encoders or ",".join(settings.encoders)
+    names = options.encoders or ",".join(settings.encoders)
     files = read_weights(options.weights, split_names(names))
     accelerator, components = load_base(options.model or settings.model, {})
     encoders = load_encoders(names, files) if accelerator.is_main_process else []

@@ -25,7 +25,8 @@ class Picture:
     Attributes:
         file: name inside the folder of pictures. prompt: what the model was asked for.
         text: the same without the rare token, as text similarity reads it.
-        seed: of its noise. kind: "concept", or "drift" and "drift-base" for an unrelated prompt with and without adapter.
+        seed: of its noise.
+        kind: "concept", or "drift" and "drift-base" for an unrelated prompt with and without adapter.
     """
 
     file: str

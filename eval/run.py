@@ -13,9 +13,9 @@ from eval.concept_scores import concept_scores, summarize
 from eval.encoders import lpips
 from eval.generation import CONCEPT, Gallery, Sampling, read_drawn
 from eval.options import (
+    FOR_EMBEDDED,
     FOR_PHOTOS,
     LPIPS,
-    OFFLINE,
     add_encoder_flags,
     check_at_least,
     load_diversity,
@@ -63,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, help="default 7, embedded model 4")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=8, metavar="N")
-    words = f"{FOR_PHOTOS}; embedded model {OFFLINE}"
-    add_encoder_flags(parser, "", words, dest="chosen_encoders")
-    parser.set_defaults(encoders=OFFLINE)
+    add_encoder_flags(parser, f"{FOR_PHOTOS}; embedded model {FOR_EMBEDDED}")
     add("--json", type=Path, help=f"a copy of OUTPUT/{FILE}")
 
 
@@ -84,7 +82,7 @@ def run(options: argparse.Namespace) -> str:
     accelerator, components = load_base(options.model, facts)
     design = make_design(options, concept, components)
     embedded = components.source.resolved == EMBEDDED
-    names = options.chosen_encoders or (OFFLINE if embedded else FOR_PHOTOS)
+    names = options.encoders or (FOR_EMBEDDED if embedded else FOR_PHOTOS)
     files = read_weights(options.weights, [*split_names(names), LPIPS])
     if accelerator.is_main_process:  # weights that cannot be had are named before the drawing
         encoders, (diversity, note) = load_encoders(names, files), load_diversity(files.get(LPIPS))

@@ -45,6 +45,10 @@ BAD_FLAGS = [
     (["--lr_warmup_steps", "401"], ["lr_warmup_steps", "400"]),
     (["--with_prior_preservation"], ["class_data_dir", "with_prior_preservation"]),
     (["--with_prior_preservation", "--class_data_dir", "c"], ["class_prompt"]),
+    (["--score_steps", "-1"], ["score_steps", "greater than or equal to 0"]),
+    (["--score_images", "3", "--score_steps", "9"], ["score_images", "equal to 4"]),
+    (["--token", "skz", "--score_steps", "9"], ["'skz'", "a photo of a sks dog", "--token"]),
+    (["--token", "dog", "--score_steps", "9"], ["subject_class", "behind 'dog'"]),
     (["--seed", "-1"], ["seed"]),
     (["--rank", "0", "--seed", "-1"], ["rank", "also wrong: seed"]),
 ]

@@ -128,6 +128,8 @@ def test_a_start_small_beside_a_step_is_refused_and_never_a_default() -> None:
     [
         (["--logging_dir", "x"], ["--logging_dir", "--report_to tensorboard"]),
         (["--validation_steps", "50"], ["--validation_steps", "--validation_prompt"]),
+        (["--score_images", "8"], ["--score_images", "--score_steps"]),
+        (["--score_images", "8", "--score_steps", "9"], []),
         (["--logging_dir", "x", "--report_to", "tensorboard"], []),
         (["--validation_steps", "50", "--validation_prompt", "a dog"], []),
     ],
@@ -148,6 +150,24 @@ def test_a_recorded_configuration_is_read_without_a_warning(
     assert not {"loi_batches", "class_prompt", "validation_steps"} & set(parse_yaml(recorded))
     parse_config(settings_file(tmp_path, recorded))
     assert not caplog.records
+
+
+def test_scores_follow_the_model_and_the_instance_prompt(tmp_path: Path) -> None:
+    """Token and class are read off the prompt; encoders and prompts fit the model."""
+    words = ["--instance_data_dir", "x", "--instance_prompt", "a photo of a sks red dog"]
+    config = parse_config([*words, "--score_steps", "50"])
+    assert (config.scores.token, config.scores.subject_class) == ("sks", "red dog")
+    assert config.scores.score_encoders == ["effnet-lite2-64", "tiny-clip"]
+    assert (config.scores.score_prompts, config.scores.score_inference_steps) == ("embedded", 10)
+    assert config.loop_values()["score_steps"] == 50
+    assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
+    real = parse_config([*words, "--score_steps", "50", "--pretrained_model_name_or_path", "sd2"])
+    assert real.scores.score_encoders == ["dino", "clip"]
+    assert (real.scores.score_prompts, real.scores.score_inference_steps) == ("objects", 25)
+    named = ["--token", "photo", "--subject_class", "dog", "--score_steps", "5"]
+    assert parse_config([*words, *named]).scores.subject_class == "dog"
+    off = parse_config(words)
+    assert (off.scores.token, off.loop_values()["score_steps"]) == (None, None)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (50, 5), (200, 20), (9999, 20)])

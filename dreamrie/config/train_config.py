@@ -102,7 +102,7 @@ class TrainConfig(Group):
         if prior.with_prior_preservation and not (prior.class_data_dir and prior.class_prompt):
             missing = "class_prompt" if prior.class_data_dir else "class_data_dir"
             raise ValueError(f"{missing} must be given together with with_prior_preservation")
-        given = prior.model_fields_set | adapter.model_fields_set | self.scores.model_fields_set
+        given = prior.model_fields_set | adapter.model_fields_set
         for setting, remedy in self.idle().items():
             if setting in given:
                 raise ValueError(

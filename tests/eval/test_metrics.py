@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,11 +37,23 @@ def test_golden_values_and_their_versions() -> None:
     torch.testing.assert_close(among, torch.tensor([0.8, 0.6, 0.8]), **close)
     paired = metrics.text_similarity(ours, real[:2])
     torch.testing.assert_close(paired, torch.tensor([1.0, 0.8]), **close)
+    drift = metrics.prior_drift(ours, real[:2])
+    torch.testing.assert_close(drift, torch.tensor([0.0, 0.1]), **close)
+    found = metrics.prompt_retrieval(ours, real, [0, 1])
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0]), **close)
+    margin = metrics.prompt_margin(ours, real, [0, 1])
+    expected = [1 - (0 + 0.8) / 2, 0.8 - (0.6 + 0.96) / 2]
+    torch.testing.assert_close(margin, torch.tensor(expected), **close)
     assert metrics.VERSIONS == {
         "image_similarity": 1,
         "text_similarity": 1,
         "ceiling": 1,
         "copy_score": 1,
+        "prior_drift": 1,
+        "prompt_retrieval": 1,
+        "prompt_margin": 1,
+        "diversity": 1,
+        "background_color": 1,
     }
 
 
@@ -138,3 +151,35 @@ def test_the_interval_is_reproducible_and_complete() -> None:
     for groups in (["a", "a", "a"], ["a", "b"]):
         with pytest.raises(ConfigError, match="groups"):
             metrics.bootstrap_interval(values, groups)
+
+
+def test_what_all_prompts_share_cancels_in_the_margin() -> None:
+    """Pictures of a subject that its class word does not fit lose text similarity, and keep their margin."""
+    subject, places = torch.zeros(5), torch.eye(5)[1:4]
+    subject[0] = 1.0
+    other = torch.zeros(5)
+    other[4] = 1.0
+    texts = F.normalize(subject + places, dim=1)
+    fits, does_not = F.normalize(subject + places, dim=1), F.normalize(other + places, dim=1)
+    own = [0, 1, 2]
+    assert float(metrics.text_similarity(fits, texts).mean()) == pytest.approx(1.0)
+    assert float(metrics.text_similarity(does_not, texts).mean()) == pytest.approx(0.5)
+    for pictures in (fits, does_not):
+        margin = metrics.prompt_margin(pictures, texts, own)
+        assert float(margin.min()) == pytest.approx(0.5, abs=1e-6)
+    alike = F.normalize(subject + places.sum(0), dim=0).expand(3, 5)
+    assert float(metrics.prompt_margin(alike, texts, own).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda a, b: metrics.prior_drift(a, b[:2]),
+        lambda a, b: metrics.prompt_retrieval(a, b, [0]),
+        lambda a, b: metrics.prompt_margin(a, b, [0]),
+        lambda a, b: metrics.prompt_margin(a, b[:1], [0, 0, 0]),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(wrong: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(ConfigError, match=r"needs its|at least 2"):
+        wrong(random_rows(3, 1), random_rows(3, 2))
