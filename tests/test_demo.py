@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image, ImageFont
 
 from dreamrie.config import parse_config
+from dreamrie.diffusion.images import load_image
 from examples import demo, demo_pictures
 from examples.demo_pictures import CELL_PX, GAP_PX, LABEL_PX, Row, make_grid, smooth, wrap
+from examples.demo_scores import score_table
 from tests.contracts.sources import ROOT
 from tests.small_models import make_small_pipeline
 
@@ -25,9 +28,9 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def test_the_demo_trains_and_shows_what_the_saved_file_does(
-    tmp_path: Path, disc_pictures: Path
+    tmp_path: Path, disc_pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One command makes the three pictures, and the adapter rows differ from the base rows."""
+    """One command makes the three pictures and the scores; the grid names the step, and its rows differ."""
     model = make_small_pipeline("tiny-vae", tmp_path / "model")
     out = tmp_path / "run"
     flags = [
@@ -39,13 +42,23 @@ def test_the_demo_trains_and_shows_what_the_saved_file_does(
     flags += ["--output_dir", str(out), "--max_train_steps", "3", "--num_inference_steps", "2"]
     flags += ["--train_batch_size", "2", "--spectrum_steps", "1", "--loi_batches", "2"]
     flags += ["--validation_prompt", *PROMPTS]
-    demo.main(flags)
+    scores = ["--score_steps", "2", "--score_images", "4", "--score_inference_steps", "1"]
+    scores += ["--score_prompts", "embedded", "--score_encoders", "effnet-lite2-64", "tiny-clip"]
+    demo.main([*flags, *scores])
+    said = capsys.readouterr().out
+    cell = r"[+-]?\d\.\d{3} \[-?\d\.\d{3} -?\d\.\d{3}\]"
+    for name in (r"image similarity \(effnet-lite2-64\)", r"text similarity \(tiny-clip\)"):
+        assert re.search(rf"{name} +{cell} +{cell} +-?{cell}", said), said
     sizes = {name: size_of(out / f"{name}.png") for name in ("grid", "loss", "spectrum")}
     assert min(min(size) for size in sizes.values()) > 300
     assert (out / "pytorch_lora_weights.safetensors").stat().st_size > 1000
 
-    config = parse_config(["--config", str(ROOT / "examples" / "demo.yaml"), *flags])
-    references, before, after = demo.compare(config)
+    best = json.loads((out / "best" / "best.json").read_text("utf-8"))["step"]
+    plain = [*flags, "--score_steps", "0"]
+    config = parse_config(["--config", str(ROOT / "examples" / "demo.yaml"), *plain])
+    (references, before, after), table = demo.compare(config)
+    assert after.label == f"with the adapter of step {best}, chosen by its scores"
+    assert table == ""
     assert len(references.pictures) == 2
     assert before.captions == after.captions == PROMPTS
     pairs = zip(before.pictures, after.pictures, strict=True)
@@ -121,3 +134,22 @@ def test_a_skipped_step_leaves_a_hole_in_the_loss_curve(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     demo_pictures.plot_loss(tmp_path / "m.jsonl", tmp_path / "m.png")
     assert size_of(tmp_path / "m.png") == (840, 480)
+
+
+def test_without_scores_the_demo_shows_the_last_adapter(tmp_path: Path) -> None:
+    assert demo.chosen_adapter(tmp_path) == (tmp_path, "with the adapter")
+
+
+def test_the_demo_scores_pair_the_pictures() -> None:
+    """The adapter draws the reference itself where the base model draws another concept: 1 against less, paired."""
+    folder = ROOT / "examples" / "concepts"
+    owls = [load_image(folder / "owl" / f"{number}.png") for number in range(4)]
+    robots = [load_image(folder / "robot" / f"{number}.png") for number in range(4)]
+    texts = [f"an owl on color {number}" for number in range(4)]
+    table = score_table(robots, owls, owls, texts, ("effnet-lite2-64", "tiny-clip"))
+    cells = [line for line in table.splitlines() if line.startswith("image similarity")]
+    numbers = [float(number) for number in re.findall(r"-?\d\.\d{3}", cells[0])]
+    before, after, gain = numbers[0], numbers[3], numbers[6]
+    assert after > 0.7 > before
+    assert gain == pytest.approx(after - before, abs=1.1e-3)
+    assert "real pictures to each other" in table

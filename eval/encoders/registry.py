@@ -49,7 +49,8 @@ def _unavailable(name: str, weights: Path | None, source: str, error: Exception)
     return ConfigError(
         f"encoder {name!r}: its weights are not in the local cache and the hub did not give them "
         f"({_first_line(error)}). Without a network, download {source} elsewhere and pass "
-        f"--weights {name}=FILE, or choose an offline encoder: effnet-lite2, tiny-clip."
+        f"--weights {name}=FILE (in a training --score_encoders {name}=FILE), or choose an offline encoder: "
+        "effnet-lite2, effnet-lite2-64, tiny-clip."
     )
 
 
