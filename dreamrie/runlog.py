@@ -350,7 +350,8 @@ class RunLog:
     def scores(self, step: int, scores: Mapping[str, Any]) -> None:
         """Record the scores of a validation or a scorer."""
         self._write(self._metrics, {"step": step, "scores": dict(scores)})
-        self._plot({f"scores/{name}": value for name, value in scores.items()}, step)
+        means = {name: v[0] if isinstance(v, tuple) else v for name, v in scores.items()}
+        self._plot({f"scores/{name}": value for name, value in means.items()}, step)
 
     def spectrum(self, step: int, **values: Mapping[str, Sequence[float]]) -> None:
         """Record singular values.
