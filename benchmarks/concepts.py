@@ -26,7 +26,7 @@ import torch
 
 import train_dreambooth
 from dreamrie.config import TrainConfig, parse_config
-from dreamrie.diffusion.adapters import load_saved_adapter
+from dreamrie.diffusion.adapters import load_saved_adapter, read_metadata
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.images import contact_sheet, list_images, load_image, save_png
 from dreamrie.diffusion.pipeline import sample
@@ -35,14 +35,20 @@ from dreamrie.files import write_atomic
 from dreamrie.trainer import BEST, SCORED
 from eval import metrics
 from eval.encoders import Encoder, load_encoder
+from eval.pictures import is_blank
 from eval.prompts import load_prompts
 from eval.training import Curve, StepScores, Yardstick, choose
+from eval.training.choice import follows_prompts
 from eval.training.curve import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ROOT / "examples" / "concepts"
+# Pictures of a gain: three for each prompt of the embedded set.
+GAIN_PICTURES = 66
 BRUTE_FACTOR = 10
+ENCODERS = ("effnet-lite2-64", "tiny-clip")
 DONE = "pytorch_lora_weights.safetensors"
+Job = tuple[str, int, Path, list[str]]
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,18 @@ class Search:
     found_image: float
     interval: tuple[float, float]
     paired: tuple[float, float]
+    allowed: bool
 
     @property
     def agrees(self) -> bool:
-        """The same step, or one whose image similarity lies in the interval of the step that the search found."""
-        return self.step == self.found or self.interval[0] <= self.image <= self.interval[1]
+        """The same step, or one that follows prompts, with an image similarity in the interval of the found step."""
+        inside = self.interval[0] <= self.image <= self.interval[1]
+        return self.step == self.found or (self.allowed and inside)
+
+    @property
+    def is_tie(self) -> bool:
+        """The same step, or one that follows prompts and whose paired difference is within noise: a harder demand."""
+        return self.step == self.found or (self.allowed and self.paired[1] >= 0)
 
 
 def flags_of(concept: str, seed: int, folder: Path, extra: Sequence[str]) -> list[str]:
@@ -89,14 +102,24 @@ def flags_of(concept: str, seed: int, folder: Path, extra: Sequence[str]) -> lis
     return [*flags, *extra]
 
 
-def train_one(job: tuple[str, int, Path, list[str]]) -> str:
-    """Train unless it is done; returns a line about it."""
+def is_done(job: Job) -> bool:
+    """Whether the folder of a run holds its last step, trained with the same settings."""
     concept, seed, folder, extra = job
-    if (folder / DONE).is_file():
+    if not (folder / DONE).is_file():
+        return False
+    recorded = parse_config(["--config", str(folder / "config.yaml")])
+    wanted = parse_config(flags_of(concept, seed, folder, extra))
+    if recorded != wanted.with_resolution(recorded.data.resolution or 0):
+        return False
+    return int(read_metadata(folder)["steps"]) == wanted.schedule.max_train_steps
+
+
+def train_one(job: Job) -> str:
+    """Train unless it is done with these settings; returns a line about it."""
+    concept, seed, folder, extra = job
+    if is_done(job):
         return f"{folder.name}: trained before"
     folder.mkdir(parents=True, exist_ok=True)
-    # Two trainings side by side must not fight for threads.
-    torch.set_num_threads(1)
     heard = io.StringIO()
     with contextlib.redirect_stderr(heard):
         code = train_dreambooth.main(flags_of(concept, seed, folder, extra))
@@ -136,6 +159,11 @@ class Examiner:
             guidance_scale=guidance,
             batch_size=batch,
         )
+        blank = [number for number, picture in enumerate(pictures) if is_blank(picture)]
+        if blank:
+            raise SystemExit(
+                f"{adapter}: {len(blank)} blank pictures, the first is number {blank[0]}"
+            )
         sheet.parent.mkdir(parents=True, exist_ok=True)
         save_png(contact_sheet(pictures[:22], columns=11), sheet)
         paths = list_images(config.data.instance_data_dir)
@@ -191,6 +219,7 @@ def search(concept: str, kept: int, rows: Sequence[StepScores], yardstick: Yards
         float(found[0]),
         interval(found[1:]),
         interval((mine - found)[1:]),
+        follows_prompts(curve, by_step[kept]) or not choice.follows_prompts,
     )
 
 
@@ -229,40 +258,50 @@ def report(gains: Sequence[Gain], searches: Sequence[Search]) -> str:
         )
     agree = sum(found.agrees for found in searches)
     same = sum(found.step == found.found for found in searches)
+    ties = sum(found.is_tie for found in searches)
     lines.append(
-        f"best/ is the step of the search, or within its interval, in {agree} of {len(searches)} runs (the same step "
-        f"in {same})"
+        f"best/ is the step of the search, or within its interval, in {agree} of {len(searches)} runs; the same step "
+        f"in {same}, not worse beyond noise when paired in {ties}"
     )
     return "\n".join(lines)
 
 
-def examine(
-    runs: Sequence[tuple[str, int, Path]], extra: Sequence[str]
-) -> tuple[list[Gain], list[Search]]:
-    """Score all trained runs; the first run of a concept is searched by brute force."""
-    encoders = load_encoder("effnet-lite2-64"), load_encoder("tiny-clip")
-    gains, searches, bases = [], [], {}
-    for concept, seed, folder in runs:
-        config = parse_config(flags_of(concept, seed, folder, extra))
-        sampling = (int(config.scores.score_inference_steps or 10), 4.0, 16)
-        examiner, best = Examiner(encoders, sampling), folder / BEST
-        if concept not in bases:
-            base = examiner.scores(config, None, 22, "gain", folder / "examined" / "base.png")
-            bases[concept] = base
-            count = BRUTE_FACTOR * config.scores.score_images
-            folders = [None, *sorted((folder / SCORED).glob("step-*[1-9]*"))]
-            sheets = folder / "examined"
-            rows = [
-                examiner.scores(config, path, count, "search", sheets / f"search-{number}.png")
-                for number, path in enumerate(folders)
-            ]
-            kept = json.loads((best / "best.json").read_text("utf-8"))["step"]
-            searches.append(search(concept, kept, [row for row, _ in rows], rows[0][1]))
-            print(searches[-1], flush=True)
-        row, yardstick = examiner.scores(config, best, 22, "gain", folder / "examined" / "best.png")
-        gains.append(gain(concept, seed, bases[concept][0], row, yardstick))
-        print(gains[-1], flush=True)
-    return gains, searches
+def examine(job: Job, encoders: tuple[Encoder, Encoder]) -> tuple[Gain, Search | None]:
+    """Score a trained run; the first seed of a concept is also searched by brute force."""
+    concept, seed, folder, extra = job
+    config = parse_config(flags_of(concept, seed, folder, extra))
+    sampling = (int(config.scores.score_inference_steps or 10), 4.0, 16)
+    examiner, best, sheets = Examiner(encoders, sampling), folder / BEST, folder / "examined"
+    base, yardstick = examiner.scores(config, None, GAIN_PICTURES, "gain", sheets / "base.png")
+    row, _ = examiner.scores(config, best, GAIN_PICTURES, "gain", sheets / "best.png")
+    rise = gain(concept, seed, base, row, yardstick)
+    if seed > 0:
+        return rise, None
+    count = BRUTE_FACTOR * config.scores.score_images
+    adapters = [None, *sorted(path.parent for path in (folder / SCORED).glob(f"*/{DONE}"))]
+    found = [
+        examiner.scores(config, path, count, "search", sheets / f"search-{number}.png")
+        for number, path in enumerate(adapters)
+    ]
+    kept = json.loads((best / "best.json").read_text("utf-8"))["step"]
+    return rise, search(concept, kept, [row for row, _ in found], found[0][1])
+
+
+def work(job: Job) -> tuple[str, Gain, Search | None]:
+    """All that is done for one run, in a process of its own with one thread."""
+    # Two runs side by side must not fight for threads.
+    torch.set_num_threads(1)
+    said = train_one(job)
+    kept = job[2] / "examined.json"
+    if said.endswith("before") and kept.is_file():
+        content = json.loads(kept.read_text("utf-8"))
+        found = content["search"]
+        return said, Gain(**content["gain"]), Search(**found) if found else None
+    encoders = load_encoder(ENCODERS[0]), load_encoder(ENCODERS[1])
+    rise, found = examine(job, encoders)
+    content = {"gain": dataclasses.asdict(rise), "search": found and dataclasses.asdict(found)}
+    write_atomic(kept, json.dumps(content).encode())
+    return said, rise, found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -284,11 +323,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         for concept in options.concepts.split(",")
     ]
     jobs = [(*run, extra) for run in runs]
+    gains, searches = [], []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for line in pool.map(train_one, jobs):
-            print(line, flush=True)
-    gains, searches = examine(runs, extra)
+        for said, rise, found in pool.map(work, jobs):
+            print(
+                f"{said}; best/ holds step {rise.step}, image similarity {rise.image[2]:+.3f}",
+                flush=True,
+            )
+            gains.append(rise)
+            searches += [found] if found else []
+    gains.sort(key=lambda row: (row.concept, row.seed))
     print(report(gains, searches))
+    for name in ENCODERS:
+        encoder = load_encoder(name)
+        print(f"{name}: weights {encoder.weights_sha256[:16]}, {encoder.preprocessing}")
+    names = ("image_similarity", "text_similarity", "prompt_margin")
+    print(", ".join(f"{name} v{metrics.VERSIONS[name]}" for name in names))
     content = {
         "gains": [dataclasses.asdict(row) for row in gains],
         "searches": [dataclasses.asdict(row) for row in searches],

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one ended", file=sys.stderr)
+        goes_on = options.command in {"run", "paper"}
+        rest = "; the same command goes on where this one ended" if goes_on else ""
+        print(f"stopped{rest}", file=sys.stderr)
         return 130
     if text:  # of several processes one alone has something to say
         print(text)

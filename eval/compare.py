@@ -18,7 +18,7 @@ from eval import metrics
 from eval.comparable import check_comparable
 from eval.report.facts import find_copies, find_score, metric_of, of_kind
 from eval.results import Result, load_result
-from eval.scoring import Score
+from eval.scoring import Score, provenance
 
 HELP = "compare runs of one subject on the same prompts and seeds"
 PLOT = "compare.png"
@@ -82,7 +82,21 @@ def run(options: argparse.Namespace) -> str:
     shown = shown_encoders(next(iter(runs.values())), options.encoders)
     notes = check_comparable(runs, shown)
     found = differences(runs, shown)
-    lines = [*_table(runs, shown), "", *_sentences(runs, found), "", _FOOT, *notes]
+    scores = next(iter(runs.values())).scores
+    kept = [
+        score
+        for score in scores
+        if (metric_of(score), score.encoder) in _compared(next(iter(runs.values())), shown)
+    ]
+    lines = [
+        *_table(runs, shown),
+        "",
+        *_sentences(runs, found),
+        "",
+        _FOOT,
+        *provenance(kept),
+        *notes,
+    ]
     # The folder above the first run is where runs of one comparison mostly lie together.
     folder = options.output or options.runs[0].resolve().parent
     plot = _plot(runs, shown)
@@ -140,12 +154,14 @@ def shown_encoders(first: Result, wanted: str | None) -> list[tuple[str, str]]:
     Raises:
         ConfigError: an encoder that scored nothing, or no image similarity.
     """
-    known = [
-        (metric_of(score), score.encoder)
-        for metric, _ in _PAIRED[:2]
-        for score in first.scores
-        if metric_of(score) == metric
-    ]
+    known = list(
+        dict.fromkeys(
+            (metric_of(score), score.encoder)
+            for metric, _ in _PAIRED[:2]
+            for score in first.scores
+            if metric_of(score) == metric
+        )
+    )
     if not known:
         raise ConfigError(
             f"{first.folder} has no image similarity. Score it with python -m eval run."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -15,41 +14,12 @@ from eval.pictures import Folder
 from eval.scoring import Score, make_score
 
 
-class Measure(Protocol):
-    """What a score says about where it comes from; encoders say it, and so does LPIPS."""
-
-    @property
-    def name(self) -> str:
-        """As printed below the table."""
-
-    @property
-    def weights_sha256(self) -> str:
-        """Hash of the weights; empty without any."""
-
-    @property
-    def preprocessing(self) -> str:
-        """What happens to a picture first, in words."""
-
-
 class Pixels:
     """The measure that looks at pixels."""
 
     name = "pixels"
     weights_sha256 = "none"
     preprocessing = "mean of the outer 5 %, nearest of 11 colors"
-
-
-def summarize(
-    name: str,
-    values: Tensor,
-    of: Sequence[str],
-    metric: str,
-    measure: Measure,
-    groups: Sequence[str] | None,
-) -> Score:
-    """`scoring.make_score` for a measure that is no encoder; see there."""
-    # It reads three attributes, which every measure has.
-    return make_score(name, values, of, metric, cast(Encoder, measure), groups)
 
 
 def image_scores(
@@ -145,7 +115,7 @@ def background_score(gallery: Gallery, backgrounds: Mapping[str, str]) -> list[S
     prompts = [picture.prompt for picture in part.pictures]
     values = background_color(part.images, [backgrounds[prompt] for prompt in prompts])
     files = files_of(part)
-    return [summarize("background color", values, files, "background_color", Pixels(), prompts)]
+    return [make_score("background color", values, files, "background_color", Pixels(), prompts)]
 
 
 def concept_scores(

@@ -214,7 +214,7 @@ def draw(
             if picture in missing:
                 save_png(image, output / PICTURES / picture.file)
         saved += len(missing)
-        _log.info("%s: %s drawn, %d pictures in all", output, batch[-1].file, saved)
+        _log.info("%s: %s drawn, %d new pictures so far", output, batch[-1].file, saved)
     return saved
 
 
@@ -263,6 +263,12 @@ def read_drawn(output: Path, plan: Sequence[Picture]) -> Gallery:
         )
     if extra:
         raise ImageError(f"{folder}: {', '.join(extra)} are not of this run. Remove them.")
-    decoded = read_folder(folder, 1)
+    try:
+        decoded = read_folder(folder, 1)
+    except ImageError as error:
+        raise ImageError(
+            f"{error} These were drawn by this run and would be drawn the same again: look at the training of the "
+            "adapter, or take another --seed with another --output."
+        ) from error
     by_name = dict(zip(decoded.names, decoded.images, strict=True))
     return Gallery(tuple(plan), tuple(by_name[picture.file] for picture in plan))

@@ -17,9 +17,8 @@ from dreamrie.diffusion.adapters import read_metadata
 from dreamrie.errors import ConfigError, DreamrieError
 from eval.concept_scores import image_scores, text_scores
 from eval.encoders import Encoder
-from eval.generation import Gallery, Sampling, read_drawn
+from eval.generation import Sampling, read_drawn
 from eval.options import (
-    FOR_PHOTOS,
     add_encoder_flags,
     check_at_least,
     load_encoders,
@@ -32,7 +31,7 @@ from eval.prompts import SUBJECT, Prompt, PromptSet, load_prompts
 from eval.prompts.reading import read_classes
 from eval.results import Result
 from eval.running import Concept, Design, draw_concept, finish, load_base
-from eval.scoring import Score
+from eval.scoring import Score, provenance
 
 HELP = "the paper's protocol: 15 subjects, mean and standard error over subjects"
 CONFIG = Path(__file__).with_name("paper.yaml")
@@ -82,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="base model; default that of the settings")
     add("--batch-size", type=int, default=8, metavar="N")
     add_encoder_flags(parser, "those of the settings")
-    parser.set_defaults(encoders=FOR_PHOTOS)
     add("--json", type=Path, help="write the table with the settings")
 
 
@@ -113,7 +111,12 @@ def run(options: argparse.Namespace) -> str:
         for subject, protocol in zip(subjects, protocols, strict=True)
     }
     if options.json:
-        content = {"settings": dataclasses.asdict(settings), "subjects": _means(results)}
+        used = {"encoders": split_names(names), "model": components.source.resolved}
+        content: dict[str, Any] = {
+            "settings": {**dataclasses.asdict(settings), **used},
+            "subjects": _means(results),
+            "provenance": provenance(next(iter(results.values())).scores),
+        }
         content["summary"] = {name: _over_subjects(name, results) for name in _columns(results)}
         write_json(options.json, (json.dumps(content, indent=2) + "\n").encode())
     return table(results)
@@ -133,7 +136,11 @@ def read_settings(path: Path) -> Settings:
     """
     if not path.is_file():
         raise ConfigError(f"--config: there is no file {path}.")
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read as text ({error}).") from error
+    values = parse_yaml(text, str(path))
     fields = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
     missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(fields))
     if missing or unknown:
@@ -233,17 +240,15 @@ def _score(subject: Subject, protocol: Mapping[str, Any], encoders: Sequence[Enc
     base, edits = gallery.keep(flags), gallery.keep([not flag for flag in flags])
     scores: list[Score] = []
     for encoder in encoders:
-        real = encoder.embed_images(subject.reference.images)
-
-        def likeness(part: Gallery, ours: torch.Tensor) -> list[Score]:
-            return image_scores(encoder, part, ours, subject.reference, real)  # noqa: B023 called here
-
-        drawn = encoder.embed_images(base.images)
-        name = encoder.image_score + BASE_SUFFIX
-        first, *others = likeness(base, drawn)
-        scores += [dataclasses.replace(first, name=name), *others]
-        drawn = encoder.embed_images(edits.images)
-        scores += [likeness(edits, drawn)[0], *text_scores(encoder, edits, drawn)]
+        real, drawn = (
+            encoder.embed_images(part) for part in (subject.reference.images, gallery.images)
+        )
+        # All pictures first: report and comparison show the first score of a metric.
+        scores += image_scores(encoder, gallery, drawn, subject.reference, real)
+        of_base = torch.tensor(flags)
+        scores += text_scores(encoder, edits, drawn[~of_base])
+        likeness = image_scores(encoder, base, drawn[of_base], subject.reference, real)[0]
+        scores.append(dataclasses.replace(likeness, name=encoder.image_score + BASE_SUFFIX))
     result, _ = finish(subject.concept, protocol, plan, scores)
     return result
 
@@ -286,7 +291,4 @@ def table(results: Mapping[str, Result]) -> str:
         error = whole["standard_error"]
         spread = "" if error is None else f" ± {error:.4f} standard error"
         lines += [f"  mean of {len(rows)} subjects: {whole['mean']:.4f}{spread}", ""]
-    first = next(iter(results.values()))
-    for score in {score.encoder: score for score in first.scores}.values():
-        lines.append(f"{score.encoder}: weights {score.weights_sha256[:16]}, {score.preprocessing}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *provenance(next(iter(results.values())).scores)])

@@ -72,7 +72,7 @@ def check_apart(generated: Path, reference: Path) -> None:
     """
     if generated.resolve() == reference.resolve():
         raise ConfigError(
-            f"--generated and --reference are the same folder, {generated}. Give the generated pictures and "
+            f"generated pictures and --reference are the same folder, {generated}. Give the generated pictures and "
             "the real ones separately."
         )
 

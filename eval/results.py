@@ -53,10 +53,6 @@ class Result:
     pictures: tuple[Picture, ...]
     scores: tuple[Score, ...]
 
-    def score(self, metric: str) -> Score | None:
-        """The first score of a metric, such as "image_similarity"; None if it was not computed."""
-        return next((s for s in self.scores if s.metric.split()[0] == metric), None)
-
 
 def save_result(result: Result) -> Path:
     """Write `scores.json` into the folder of a result, whole or not at all.

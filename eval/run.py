@@ -9,7 +9,7 @@ from dreamrie.diffusion.components import Components
 from dreamrie.diffusion.source import EMBEDDED
 from dreamrie.errors import ConfigError
 from eval import scoring
-from eval.concept_scores import concept_scores, summarize
+from eval.concept_scores import concept_scores
 from eval.encoders import lpips
 from eval.generation import CONCEPT, Gallery, Sampling, read_drawn
 from eval.options import (
@@ -35,7 +35,7 @@ from eval.running import (
     finish,
     load_base,
 )
-from eval.scoring import Score
+from eval.scoring import Score, make_score
 
 HELP = "draw pictures of a concept with an adapter, score them, write a report"
 
@@ -55,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subject-class", required=True, help="what the concept is, such as dog")
     add("--token", help='rare token of the training, such as sks; "" if it had none')
     add("--prompts", help=f"{', '.join(sorted(FROZEN))}, DreamBooth's own file, or a text file")
-    add("--kind", choices=KINDS, default="object", help="which of DreamBooth's two lists")
+    add(
+        "--kind",
+        choices=KINDS,
+        default="object",
+        help="which prompts, without --prompts or from DreamBooth's own file; default object",
+    )
     add("--images-per-prompt", type=int, default=4, metavar="N")
     add("--output", type=Path, help="default runs/eval-ADAPTER")
     add("--model", help="base model; default that of the adapter, else the embedded one")
@@ -142,7 +147,8 @@ def make_design(options: argparse.Namespace, concept: Concept, components: Compo
     check_at_least("--steps", steps, 1)
     check_at_least("--guidance", guidance, 1)
     check_at_least("--batch-size", options.batch_size, 1)
-    name = options.prompts or ("embedded" if embedded else "objects")
+    usual = {"object": "objects", "living": "living"}[options.kind]
+    name = options.prompts or ("embedded" if embedded else usual)
     prompts = load_prompts(name, options.kind, subject_class=concept.subject_class)
     if not prompts.has_subject:
         raise ConfigError(
@@ -168,4 +174,4 @@ def diversity_score(distance: lpips.LPIPS | None, gallery: Gallery) -> list[Scor
     if distance is None or len(set(prompts)) == len(prompts):
         return []
     values, names = distance.diversity(concept.images, prompts)
-    return [summarize("LPIPS diversity", values, names, "diversity", distance, names)]
+    return [make_score("LPIPS diversity", values, names, "diversity", distance, names)]

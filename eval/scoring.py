@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from eval import metrics
 from eval.encoders import Encoder
 from eval.pictures import Folder, without_token
+
+
+class Measure(Protocol):
+    """What a score says about where it comes from; encoders say it, and so do LPIPS and pixels."""
+
+    @property
+    def name(self) -> str:
+        """As printed below the table."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the weights; "none" without any."""
+
+    @property
+    def preprocessing(self) -> str:
+        """What happens to a picture first, in words."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ def make_score(
     values: Tensor,
     of: Sequence[str],
     metric: str,
-    encoder: Encoder,
+    encoder: Measure,
     groups: Sequence[str] | None,
 ) -> Score:
     """Summarize the single values of a metric.
@@ -147,8 +164,23 @@ def table(scores: Sequence[Score]) -> str:
         lines.append(
             f"{score.name:<{width}}  {score.mean:7.4f}  {interval:>16}  {len(score.values):8d}  {score.metric}"
         )
-    lines.append("")
+    return "\n".join([*lines, "", *provenance(scores)])
+
+
+def provenance(scores: Sequence[Score]) -> list[str]:
+    """What numbers depend on, a line for each encoder: numbers that differ here do not share a table.
+
+    Args:
+        scores: any.
+
+    Returns:
+        Name, hash of the weights, preprocessing, metrics with their versions.
+    """
+    lines = []
     for name in dict.fromkeys(score.encoder for score in scores):
-        first = next(score for score in scores if score.encoder == name)
-        lines.append(f"{name}: weights {first.weights_sha256[:16]}, {first.preprocessing}")
-    return "\n".join(lines)
+        own = [score for score in scores if score.encoder == name]
+        versions = ", ".join(dict.fromkeys(score.metric for score in own))
+        lines.append(
+            f"{name}: weights {own[0].weights_sha256[:16]}, {own[0].preprocessing}; {versions}"
+        )
+    return lines

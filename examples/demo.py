@@ -28,6 +28,7 @@ from dreamrie.diffusion.images import check_images, load_image
 from dreamrie.diffusion.source import quiet_libraries, resolve_model
 from dreamrie.trainer import BEST
 from eval.prompts import load_prompts
+from eval.training import encoder_pair
 from examples import demo_pictures
 from examples.demo_scores import score_table
 
@@ -163,11 +164,8 @@ def compare(config: TrainConfig) -> tuple[list[demo_pictures.Row], str]:
         ]
     if not scored:
         return rows, ""
-    encoders = [name.partition("=")[0] for name in settings.score_encoders or []]
-    new = len(seeds)
-    return rows, score_table(
-        before[new:], after[new:], references, texts, (encoders[0], encoders[-1])
-    )
+    encoders, new = encoder_pair(settings.score_encoders or []), len(seeds)
+    return rows, score_table(before[new:], after[new:], references, texts, encoders)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

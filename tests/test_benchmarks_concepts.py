@@ -49,7 +49,10 @@ def test_the_tables_count_what_rises_and_what_agrees() -> None:
     assert (
         "rises beyond noise in 2 of 2 runs; by +0.100 on average, standard deviation 0.000" in text
     )
-    assert "within its interval, in 1 of 1 runs (the same step in 1)" in text
+    assert (
+        "within its interval, in 1 of 1 runs; the same step in 1, not worse beyond noise when paired in 1"
+        in text
+    )
 
 
 def test_a_small_run_trains_examines_and_records(
@@ -64,7 +67,7 @@ def test_a_small_run_trains_examines_and_records(
     concepts.main(flags)
     assert torch.get_num_threads() == threads
     first = capsys.readouterr().out
-    assert "owl-0: trained\n" in first
+    assert "owl-0: trained; best/ holds step 2" in first
     written = json.loads((tmp_path / "concepts.json").read_text("utf-8"))
     assert [row["concept"] for row in written["gains"]] == ["owl"]
     assert written["searches"][0]["step"] == 2

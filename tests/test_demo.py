@@ -12,6 +12,7 @@ from PIL import Image, ImageFont
 
 from dreamrie.config import parse_config
 from dreamrie.diffusion.images import load_image
+from eval.training import encoder_pair
 from examples import demo, demo_pictures
 from examples.demo_pictures import CELL_PX, GAP_PX, LABEL_PX, Row, make_grid, smooth, wrap
 from examples.demo_scores import score_table
@@ -146,7 +147,7 @@ def test_the_demo_scores_pair_the_pictures() -> None:
     owls = [load_image(folder / "owl" / f"{number}.png") for number in range(4)]
     robots = [load_image(folder / "robot" / f"{number}.png") for number in range(4)]
     texts = [f"an owl on color {number}" for number in range(4)]
-    table = score_table(robots, owls, owls, texts, ("effnet-lite2-64", "tiny-clip"))
+    table = score_table(robots, owls, owls, texts, encoder_pair(["effnet-lite2-64", "tiny-clip"]))
     cells = [line for line in table.splitlines() if line.startswith("image similarity")]
     numbers = [float(number) for number in re.findall(r"-?\d\.\d{3}", cells[0])]
     before, after, gain = numbers[0], numbers[3], numbers[6]

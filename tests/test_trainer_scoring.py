@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from dreamrie.errors import CheckpointError
 from dreamrie.optimizers import build_optimizer
 from dreamrie.runlog import ADAPTER, RunLog
 from dreamrie.trainer import (
@@ -39,6 +38,7 @@ class Judge:
 
     def __init__(self, best: dict[int, int | None], alarm_at: int = -1) -> None:
         self.best, self.alarm_at = best, alarm_at
+        self.fails_at = -1
         self.asked: list[int] = []
         self.gradients: list[bool] = []
 
@@ -46,6 +46,8 @@ class Judge:
         self.asked.append(step)
         self.gradients.append(torch.is_grad_enabled())
         best = self.best.get(step)
+        if step == self.fails_at:
+            raise OSError("No space left on device")
         return Verdict(
             {"image": 0.1 * step}, best, f"reason {best}", f"message {step}", step == self.alarm_at
         )
@@ -78,7 +80,7 @@ def test_the_scorer_is_asked_before_on_the_way_and_at_the_end(tmp_path: Path) ->
 def test_best_holds_the_adapter_of_the_chosen_step_and_the_reason(tmp_path: Path) -> None:
     """The choice moves to a step that was scored earlier, whose adapter has been kept."""
     folder = tmp_path / "a"
-    run(folder, Judge({2: 2, 4: 2, 6: 4}), score_steps=2)
+    run(folder, Judge({2: 2, 4: 4, 6: 4}), score_steps=2)
     kept = {step: (scored_folder(folder, step) / ADAPTER).read_bytes() for step in (2, 4, 6)}
     assert len(set(kept.values())) == 3
     assert (folder / BEST / ADAPTER).read_bytes() == kept[4]
@@ -145,11 +147,22 @@ def test_ctrl_c_does_not_wait_for_scores(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "a" / ADAPTER).is_file()
 
 
-def test_a_best_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / BEST).write_text("a file where the folder should be", "utf-8")
-    with pytest.raises(CheckpointError, match="the best adapter cannot be kept in"):
-        run(tmp_path / "a", Judge({2: 2}), score_steps=2)
+@pytest.mark.parametrize("trouble", ["folder", "scorer"])
+def test_a_scoring_that_fails_is_said_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    """A file where best/ should be, or a disk that takes no plot: the adapter of six steps is not thrown away."""
+    folder, judge = tmp_path / "a", Judge({2: 2})
+    folder.mkdir()
+    if trouble == "folder":
+        (folder / BEST).write_text("a file where the folder should be", "utf-8")
+    else:
+        judge.fails_at = 2
+    result = run(folder, judge, score_steps=2)
+    assert result.steps == 6
+    assert (folder / ADAPTER).is_file()
+    assert judge.asked == [0, 2, 4, 6]
+    assert "Scores of step 2 could not be made, training goes on: " in caplog.text
 
 
 def test_the_summary_says_which_step_is_the_best_and_what_it_cost() -> None:

@@ -37,10 +37,11 @@ DEFAULT_LEARNING_RATE = {
 EMBEDDED_GUIDANCE, USUAL_GUIDANCE = 4.0, 7.5
 # These do nothing without another setting, so giving one alone is a mistake.
 PRIOR_ONLY = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
+LOI_ONLY = ("loi_batches", "loi_estimator")
+# These too, but `--score_steps 0` may switch off what a file says about scores, so they are only warned about.
 SCORES_ONLY = tuple(name for name in ScoreSettings.model_fields if name != "score_steps")
 # The rare word of the DreamBooth paper and of nearly every command since.
 USUAL_WORD = "sks"
-LOI_ONLY = ("loi_batches", "loi_estimator")
 
 
 def usual_init(optimizer: str) -> str:

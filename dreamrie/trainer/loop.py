@@ -19,7 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dreamrie.errors import AdapterError, CheckpointError, ImageError, NumericalError
+from dreamrie.errors import (
+    AdapterError,
+    CheckpointError,
+    DreamrieError,
+    ImageError,
+    NumericalError,
+)
 from dreamrie.fixed_rank import point_from_factors
 from dreamrie.lora import LoraPair
 from dreamrie.riemannion import Riemannion
@@ -181,13 +187,17 @@ class _Loop:
         """Score the present model, and keep the adapter that was scored: it may turn out to be the best one."""
         if self.scorer is not None and self.keeper is not None:
             started = time.perf_counter()
-            if step > 0:
-                self.write_adapter(scored_folder(self.keeper.output_dir, step), step)
-            with torch.no_grad():
-                verdict = self.scorer(step)
+            try:
+                if step > 0:
+                    self.write_adapter(scored_folder(self.keeper.output_dir, step), step)
+                with torch.no_grad():
+                    verdict = self.scorer(step)
+                self.log.scores(step, verdict.scores)
+                self.keeper(step, verdict)
+            except (OSError, DreamrieError) as error:
+                failure = f"Scores of step {step} could not be made, training goes on: {error}"
+                logger.error(failure)  # noqa: TRY400  one line, as every message
             self.task.model.train()
-            self.log.scores(step, verdict.scores)
-            self.keeper(step, verdict)
             self.scoring_seconds += time.perf_counter() - started
         self.accelerator.wait_for_everyone()
 

@@ -66,10 +66,10 @@ class BestKeeper:
 
     output_dir: Path
     verdict: Verdict | None = None
-    _kept: tuple[int, str] | None = field(default=None, init=False)
+    _kept: int | None = field(default=None, init=False)
 
     def __call__(self, step: int, verdict: Verdict) -> None:
-        """Say how it goes; copy the adapter of the best step if it, or the reason for it, is new.
+        """Say how it goes; keep the adapter of the best step, and the reason.
 
         Args:
             step: of the scoring.
@@ -81,17 +81,18 @@ class BestKeeper:
         self.verdict = verdict
         log = logger.warning if verdict.is_alarm else logger.info
         log("Step %d: %s", step, verdict.message)
-        if verdict.best_step is None or self._kept == (verdict.best_step, verdict.reason):
+        if verdict.best_step is None:
             return
         source = scored_folder(self.output_dir, verdict.best_step) / ADAPTER
         record = {"step": verdict.best_step, "scored_until": step, "reason": verdict.reason}
         folder = self.output_dir / BEST
         try:
             folder.mkdir(exist_ok=True)
-            write_atomic(folder / ADAPTER, source.read_bytes())
+            if self._kept != verdict.best_step:
+                write_atomic(folder / ADAPTER, source.read_bytes())
+                self._kept = verdict.best_step
+            write_atomic(folder / "best.json", (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:
             raise CheckpointError(
                 f"the best adapter cannot be kept in {folder}: {error}"
             ) from error
-        write_atomic(folder / "best.json", (json.dumps(record, indent=2) + "\n").encode())
-        self._kept = (verdict.best_step, verdict.reason)

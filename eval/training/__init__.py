@@ -6,7 +6,7 @@ from eval.training.alarm import Opinion, judge
 from eval.training.choice import Choice, choose
 from eval.training.curve import Curve, StepScores, Yardstick
 from eval.training.scorer import ConceptScorer, Plan, read_curve
-from eval.training.setup import make_scorer
+from eval.training.setup import encoder_pair, make_scorer
 
 __all__ = [
     "Choice",
@@ -17,6 +17,7 @@ __all__ = [
     "StepScores",
     "Yardstick",
     "choose",
+    "encoder_pair",
     "judge",
     "make_scorer",
     "read_curve",

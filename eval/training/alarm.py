@@ -14,6 +14,8 @@ PROMPT_LOSS = 0.1
 DRIFT_RISES, DRIFT_FACTOR = 3, 1.5
 # Share of pictures that are nearer to a training picture than the training pictures are to each other.
 COPY_SHARE = 0.25
+# Drift of a model that has moved at all; below it a learning rate is too low.
+MOVED = 0.02
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Opinion:
     """How it goes.
 
     Attributes:
-        kind: "start", "still improving", "settled", "best passed", "not learning", "overfitting" or "broken".
+        kind: "start", "too early", "still improving", "settled", "best passed", "undecided", "not learning",
+            "overfitting", "broken" or "unjudged".
         message: for people.
         is_alarm: something has to be done about it.
     """
@@ -46,15 +49,29 @@ def judge(curve: Curve, choice: Choice | None, max_steps: int) -> Opinion:
     if not curve.rows or newest_broken > curve.rows[-1].step:
         return _broken(curve, choice)
     latest, base = curve.rows[-1], curve.base
-    if latest.step == 0 or choice is None or base is None:
-        return Opinion("start", f"before training, {_scores(curve, latest)}")
+    if latest.step == 0:
+        return _start(curve, latest)
+    if base is None or choice is None:
+        said = f"{_scores(curve, latest)}; the base model could not be scored, so there is nothing to compare with"
+        return Opinion("unjudged", said)
     symptoms = overfitting_symptoms(curve, choice)
-    best = _row(curve, choice.step)
     if symptoms:
         return _overfitting(symptoms, choice, latest)
-    gained = curve.difference(latest, base, curve.image)
-    if 2 * latest.step >= max_steps and gained[1] <= 0:
-        return _not_learning(gained, latest)
+    if all(curve.difference(row, base, curve.image)[1] <= 0 for row in curve.trained):
+        return _no_gain(curve, latest, base, max_steps)
+    return _progress(curve, choice, latest, max_steps)
+
+
+def _start(curve: Curve, base: StepScores) -> Opinion:
+    said = f"before training, {_scores(curve, base)}"
+    if base.margin is not None and not curve.judges_prompts:
+        said += "; the base model does not follow these prompts beyond noise, so that will not be judged"
+    return Opinion("start", said)
+
+
+def _progress(curve: Curve, choice: Choice, latest: StepScores, max_steps: int) -> Opinion:
+    """What the latest scoring adds, in a run that has learned something."""
+    best = _row(curve, choice.step)
     if curve.difference(latest, best, curve.image)[2] < 0:
         said = f"best passed at step {best.step}: {_scores(curve, latest)}, where it was {_scores(curve, best)}"
         return Opinion("best passed", f"{said}; longer training at this rate does not help")
@@ -63,10 +80,8 @@ def judge(curve: Curve, choice: Choice | None, max_steps: int) -> Opinion:
         if latest.step >= max_steps:
             said += f"; a longer run may gain more (--max_train_steps {2 * max_steps})"
         return Opinion("still improving", said)
-    return Opinion(
-        "settled",
-        f"no change beyond noise since step {best.step}: {_scores(curve, latest)}",
-    )
+    said = f"no change beyond noise since step {best.step}: {_scores(curve, latest)}"
+    return Opinion("settled", said)
 
 
 def overfitting_symptoms(curve: Curve, choice: Choice) -> list[str]:
@@ -135,16 +150,21 @@ def _overfitting(symptoms: list[str], choice: Choice, latest: StepScores) -> Opi
     return Opinion("overfitting", f"{said}. What to do: {remedy}", is_alarm=True)
 
 
-def _not_learning(gained: tuple[float, float, float], latest: StepScores) -> Opinion:
-    said = (
-        f"not learning: at step {latest.step} image similarity differs from the base model's by {gained[0]:+.3f} "
-        f"({gained[1]:+.3f} to {gained[2]:+.3f})"
-    )
+def _no_gain(curve: Curve, latest: StepScores, base: StepScores, max_steps: int) -> Opinion:
+    """No step so far is nearer to the concept than the base model, beyond noise."""
+    gained = curve.difference(latest, base, curve.image)
+    said = f"image similarity differs from the base model's by {gained[0]:+.3f} ({gained[1]:+.3f} to {gained[2]:+.3f})"
+    if 2 * latest.step < max_steps:
+        return Opinion("too early", f"nothing learned yet: {said}")
     if gained[2] < 0:
         remedy = "it got worse, so the --learning_rate is too high: try a third"
+    elif latest.drift is not None and float(latest.drift.mean()) >= MOVED:
+        said += f", while the model moved (drift {float(latest.drift.mean()):.3f})"
+        remedy = "train longer, or score more pictures (--score_images), which narrows the noise"
+        return Opinion("undecided", f"nothing learned beyond noise: {said}. What to do: {remedy}")
     else:
-        remedy = "the --learning_rate is too low, or the run too short: try three times the rate"
-    return Opinion("not learning", f"{said}. What to do: {remedy}", is_alarm=True)
+        remedy = "the model hardly moved: try three times the --learning_rate"
+    return Opinion("not learning", f"not learning: {said}. What to do: {remedy}", is_alarm=True)
 
 
 def _broken(curve: Curve, choice: Choice | None) -> Opinion:
@@ -171,6 +191,8 @@ def _scores(curve: Curve, row: StepScores) -> str:
     if row.text is not None:
         text = curve.text(row)
         said += f", text similarity {float(text[0]):.3f} [{_ends(interval(text[1:]))}]"
+    if row.step > 0 and curve.judges_prompts:
+        said += f", prompts followed {float(curve.prompts_kept(row)[0]):.0%} as well as by the base model"
     return said
 
 

@@ -85,6 +85,10 @@ def _reason(curve: Curve, row: StepScores, peak: StepScores) -> str:
         before, now = float(curve.text(curve.base)[0]), float(curve.text(row)[0])
         start += f", text similarity {now:.3f} (base model: {before:.3f})"
     left_out = [str(r.step) for r in curve.trained if not follows_prompts(curve, r)]
+    if curve.judges_prompts:
+        start += f", prompts followed {float(curve.prompts_kept(row)[0]):.0%} as well as by the base model"
+    else:
+        start += ", prompts not judged"
     end = ""
     if left_out:
         end = f"; left out because they no longer follow prompts: {', '.join(left_out)}"

@@ -98,10 +98,20 @@ class Curve:
         """Mean image similarity, (1 + draws,), at most the ceiling: beyond it lie copies."""
         return self.image(row).clamp(max=self.yardstick.ceiling)
 
-    def prompts_kept(self, row: StepScores) -> Tensor:
-        """How well prompts are followed, as a share of the base model's margin, (1 + draws,); 1 without texts."""
+    @property
+    def judges_prompts(self) -> bool:
+        """Whether the base model was scored and follows the prompts beyond noise: a share of nothing says nothing."""
         base = self.base
-        if row.margin is None or base is None or base.margin is None:
+        return (
+            base is not None
+            and base.margin is not None
+            and interval(self.means(base.margin)[1:])[0] > 0
+        )
+
+    def prompts_kept(self, row: StepScores) -> Tensor:
+        """How well prompts are followed, as a share of the base model's margin, (1 + draws,); else all ones."""
+        base = self.base
+        if not self.judges_prompts or row.margin is None or base is None or base.margin is None:
             return torch.ones(1 + DRAWS, dtype=torch.float64)
         return self.means(row.margin) / self.means(base.margin)
 

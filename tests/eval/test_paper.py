@@ -11,6 +11,7 @@ import pytest
 import eval.__main__ as command
 from dreamrie.errors import ConfigError
 from eval import paper
+from eval.report.facts import find_score
 from eval.results import load_result
 from tests.eval.small_runs import (
     FakeAccelerator,
@@ -83,11 +84,15 @@ def test_every_subject_is_drawn_and_scored(
     ]
     bag = load_result(tmp_path / "out" / "backpack")
     assert bag.pictures[-1].text == "a cube shaped backpack"
-    base, edits = "tiny-clip image, base prompt", "tiny-clip image"
+    base, whole_run = "tiny-clip image, base prompt", "tiny-clip image"
     found = {score.name: score for score in dog.scores}
     assert set(found[base].values) == {"000-00.png", "000-01.png", "000-02.png"}
-    assert set(found[edits].values) == {f"00{i}-0{j}.png" for i in (1, 2) for j in (0, 1)}
-    assert set(found["tiny-clip text"].values) == set(found[edits].values)
+    edits = {f"00{i}-0{j}.png" for i in (1, 2) for j in (0, 1)}
+    assert set(found["tiny-clip text"].values) == edits
+    assert set(found[whole_run].values) == {*found[base].values, *edits}
+    # Report and comparison show the first score of a metric: that of all pictures.
+    assert find_score(dog, "image_similarity") is found[whole_run]
+    assert find_score(dog, "copy_score").values.keys() == found[whole_run].values.keys()
     table = json.loads((tmp_path / "t.json").read_text("utf-8"))
     one, two = (table["subjects"][name][base] for name in ("dog6", "backpack"))
     assert one == found[base].mean

@@ -16,6 +16,7 @@ from dreamrie.errors import ConfigError
 from eval import concept_scores, encoders, options, run
 from eval.generation import Gallery
 from eval.pictures import read_folder
+from eval.report.facts import find_score
 from eval.results import Picture, load_result
 from tests.contracts.sources import ROOT
 from tests.eval.small_runs import (
@@ -143,7 +144,7 @@ def test_the_base_model_is_scored_without_token_and_drift(tmp_path: Path) -> Non
     assert {picture.kind for picture in result.pictures} == {"concept"}
     assert result.pictures[0].prompt == result.pictures[0].text == "an owl in the snow"
     assert result.protocol["adapter"] is result.protocol["adapter_sha256"] is None
-    assert result.score("prior_drift") is None
+    assert find_score(result, "prior_drift") is None
 
 
 def test_processes_draw_their_share_and_one_scores(

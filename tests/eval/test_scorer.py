@@ -233,6 +233,29 @@ def test_the_settings_become_a_plan(
     assert not any("owl" in prompt for prompt in plan.drift_prompts)
 
 
+@pytest.mark.parametrize("text", ["a {subject} at night\n", "drift"])
+def test_prompts_that_cannot_be_scored_are_refused_at_once(
+    parts: Components, tmp_path: Path, text: str
+) -> None:
+    """One prompt has no other to be told from; a set without subject is for drift."""
+    write_pictures(tmp_path / "concept", 2)
+    (tmp_path / "one.txt").write_text(text, "utf-8")
+    chosen = text if text == "drift" else str(tmp_path / "one.txt")
+    with pytest.raises(ConfigError, match="--score_prompts"):
+        make_scorer(settings_for(tmp_path / "concept", "--score_prompts", chosen), parts, tmp_path)
+
+
+def test_an_encoder_that_would_not_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        setup, "load_encoder", lambda name, file: encoder(name, reads="clip" in name)
+    )
+    first, reader = setup.encoder_pair(["clip"])
+    assert first is reader
+    assert setup.encoder_pair(["dino"])[1] is None
+    with pytest.raises(ConfigError, match="dinov2 would not be used"):
+        setup.encoder_pair(["dino", "dinov2", "clip"])
+
+
 def test_one_picture_of_the_concept_is_too_few(parts: Components, tmp_path: Path) -> None:
     write_pictures(tmp_path / "concept", 1)
     with pytest.raises(ConfigError, match="at least two pictures"):

@@ -157,6 +157,12 @@ MUTANTS = [
         "a run that is well would be stopped",
     ),
     Mutant(
+        "a share of a negative margin",
+        laws.law_prompts_that_the_base_model_ignores_are_not_judged,
+        lambda: with_wrong(curve.Curve, judges_prompts=True),
+        "better than nothing became minus five times as good",
+    ),
+    Mutant(
         "not learning is said from the first scoring on",
         laws.law_a_young_run_may_still_begin,
         lambda: with_wrong(alarm, judge=lambda scores, chosen, steps: _judge(scores, chosen, 0)),

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from eval.training import alarm, choice, curve
-from tests.contracts.sources import ROOT
 from tests.eval.small_curves import small_curve
 
-RECORDED = ROOT / "tests" / "eval" / "curves"
 IMPLEMENTATION = SimpleNamespace(
     Curve=curve.Curve,
     choose=choice.choose,
@@ -116,8 +114,13 @@ def law_the_alarms_fire_on_what_they_are_for(impl: Any) -> None:
     assert kind_of(impl, small_curve(rising, flat)) == "still improving"
     assert kind_of(impl, small_curve(level, flat)) == "settled"
     assert kind_of(impl, small_curve({**level, 400: 0.45}, flat)) == "best passed"
-    assert kind_of(impl, small_curve(dict.fromkeys(flat, 0.3), flat)) == "not learning"
-    assert kind_of(impl, small_curve({**level, 400: 0.2}, flat)) == "not learning"
+    still = dict.fromkeys(flat, 0.004)
+    assert kind_of(impl, small_curve({**level, 400: 0.2}, flat)) == "best passed"
+    assert kind_of(impl, small_curve(dict.fromkeys(flat, 0.3), flat)) == "undecided"
+    assert kind_of(impl, small_curve(dict.fromkeys(flat, 0.3), flat, drift=still)) == "not learning"
+    falling = {0: 0.3, 100: 0.28, 200: 0.25, 300: 0.2, 400: 0.2}
+    assert kind_of(impl, small_curve(falling, flat)) == "not learning"
+    assert kind_of(impl, small_curve(level, flat, blank=(0,))) == "unjudged"
     assert kind_of(impl, small_curve(level, lost)) == "overfitting"
     assert kind_of(impl, small_curve(rising, lost)) == "still improving"
     assert kind_of(impl, small_curve(rising, forgotten)) == "overfitting"
@@ -128,9 +131,18 @@ def law_the_alarms_fire_on_what_they_are_for(impl: Any) -> None:
 
 def law_a_young_run_may_still_begin(impl: Any) -> None:
     """Before half of the run nothing is said against a run that has not started to learn."""
-    scores = small_curve({0: 0.3, 100: 0.3}, {0: 0.4, 100: 0.4})
-    assert kind_of(impl, scores, max_steps=400) in {"still improving", "settled"}
+    scores = small_curve({0: 0.3, 100: 0.3}, {0: 0.4, 100: 0.4}, drift={100: 0.004})
+    assert kind_of(impl, scores, max_steps=400) == "too early"
     assert kind_of(impl, scores, max_steps=200) == "not learning"
+
+
+def law_prompts_that_the_base_model_ignores_are_not_judged(impl: Any) -> None:
+    """A share of a margin that is zero or negative would turn a better step into overfitting."""
+    text = {0: -0.04, 100: 0.2, 200: 0.2}
+    scores = small_curve({0: 0.3, 100: 0.4, 200: 0.5}, text)
+    assert not scores.judges_prompts
+    assert kind_of(impl, scores, max_steps=200) == "still improving"
+    assert "will not be judged" in impl.judge(small_curve({0: 0.3}, {0: -0.04}), None, 200).message
 
 
 LAWS = (
@@ -144,6 +156,7 @@ LAWS = (
     law_a_blank_step_takes_part_in_nothing,
     law_the_alarms_fire_on_what_they_are_for,
     law_a_young_run_may_still_begin,
+    law_prompts_that_the_base_model_ignores_are_not_judged,
 )
 
 
