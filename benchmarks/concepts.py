@@ -2,10 +2,10 @@
 
     python -m benchmarks.concepts
 
-Trains each concept with `examples/demo.yaml`, then draws every prompt of the embedded set from fresh seeds with the
-base model and with the adapter of `best/`. The first seed of each concept is also searched by brute force: every
-scored adapter draws ten times the pictures of a scoring, and the same rule chooses again. Finished runs in the output
-folder are not trained again.
+Trains each concept with `examples/demo.yaml`, scored every 100 steps. Then base model and adapter of `best/` draw every
+prompt of the embedded set from fresh seeds. The first seed of each concept is also searched by brute force: each scored
+adapter draws ten times the pictures of a scoring, and the same rule chooses again. Finished runs in the output folder
+are not trained again.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from dreamrie.files import write_atomic
 from dreamrie.trainer import BEST, SCORED
 from eval import metrics
 from eval.encoders import Encoder, load_encoder
+from eval.metrics import percentile_interval
 from eval.pictures import is_blank
 from eval.prompts import load_prompts
 from eval.training import Curve, StepScores, Yardstick, choose
 from eval.training.choice import follows_prompts
-from eval.training.curve import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ROOT / "examples" / "concepts"
@@ -217,8 +217,8 @@ def search(concept: str, kept: int, rows: Sequence[StepScores], yardstick: Yards
         choice.step,
         float(mine[0]),
         float(found[0]),
-        interval(found[1:]),
-        interval((mine - found)[1:]),
+        percentile_interval(found[1:]),
+        percentile_interval((mine - found)[1:]),
         follows_prompts(curve, by_step[kept]) or not choice.follows_prompts,
     )
 
@@ -317,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ",".join(sorted(path.name for path in CONCEPTS.iterdir()))
     parser.add_argument("--concepts", default=names)
     options, extra = parser.parse_known_args(argv)
+    extra = ["--score_steps", "100", *extra]
     runs = [
         (concept, seed, options.output / f"{concept}-{seed}")
         for seed in range(options.seeds)

@@ -189,6 +189,42 @@ def prompt_margin(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tensor:
     return mine - (cosines.sum(1) - mine) / (right.shape[0] - 1)
 
 
+def bootstrap_weights(groups: Sequence[str], samples: int = 2000, seed: int = 0) -> Tensor:
+    """Weights that turn single values into means over drawn prompts: pictures of one prompt are not independent.
+
+    Args:
+        groups: prompt of each of n values; without prompts each value is a group of its own.
+        samples: number of draws.
+        seed: of the draws; the same for every score of a table, so that differences are paired.
+
+    Returns:
+        (samples, n), rows of sum 1; `weights @ values` are the means.
+    """
+    names = sorted(set(groups))
+    rows = torch.tensor([names.index(group) for group in groups])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(names), (samples, len(names)), generator=generator)
+    counts = torch.zeros(samples, len(names), dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    weights = counts[:, rows]
+    return weights / weights.sum(1, keepdim=True)
+
+
+def percentile_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Interval that holds the middle of some draws.
+
+    Args:
+        values: (draws,).
+        level: coverage in (0, 1).
+
+    Returns:
+        Lower and upper end.
+    """
+    tail = (1 - level) / 2
+    low, high = torch.quantile(values.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(low), float(high)
+
+
 def bootstrap_interval(
     values: Tensor,
     groups: Sequence[str],
@@ -197,7 +233,7 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a mean, drawn over whole prompts: pictures of one prompt are not independent.
+    """Percentile interval of a mean, drawn over whole prompts.
 
     Args:
         values: (n,) scores of single pictures.
@@ -212,18 +248,11 @@ def bootstrap_interval(
     Raises:
         ConfigError: numbers of values and groups differ, or there are fewer than two groups.
     """
-    names = sorted(set(groups))
-    if len(values) != len(groups) or len(names) < 2:
+    count = len(set(groups))
+    if len(values) != len(groups) or count < 2:
         raise ConfigError(
             f"an interval needs at least two groups and one for each score; got {len(values)} scores in "
-            f"{len(groups)} places of {len(names)} groups."
+            f"{len(groups)} places of {count} groups."
         )
-    rows = torch.tensor([names.index(group) for group in groups])
-    sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, rows, values.double())
-    counts = torch.bincount(rows, minlength=len(names)).double()
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(names), (samples, len(names)), generator=generator)
-    tail = (1 - level) / 2
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    ends = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return float(ends[0]), float(ends[1])
+    means = bootstrap_weights(groups, samples, seed) @ values.double()
+    return percentile_interval(means, level)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from eval.metrics import percentile_interval
 from eval.training.choice import PROMPT_FLOOR, Choice, follows_prompts
-from eval.training.curve import Curve, StepScores, interval
+from eval.training.curve import Curve, StepScores
 
 # Overfitting against the chosen step: prompt margin lost beyond noise, as a share of the base model's.
 PROMPT_LOSS = 0.1
@@ -104,7 +105,7 @@ def overfitting_symptoms(curve: Curve, choice: Choice) -> list[str]:
     elif latest.step > best.step:
         loss = curve.prompts_kept(best) - kept
         flat = curve.difference(latest, best, curve.image)[1] <= 0
-        if flat and float(loss[0]) > PROMPT_LOSS and interval(loss[1:])[0] > 0:
+        if flat and float(loss[0]) > PROMPT_LOSS and percentile_interval(loss[1:])[0] > 0:
             found.append(
                 f"prompts are followed less well than at step {best.step}, by {float(loss[0]):.0%} of the base model's "
                 "margin, while image similarity did not rise"
@@ -187,10 +188,10 @@ def _row(curve: Curve, step: int) -> StepScores:
 def _scores(curve: Curve, row: StepScores) -> str:
     """Image and text similarity with their intervals."""
     image = curve.image(row)
-    said = f"image similarity {float(image[0]):.3f} [{_ends(interval(image[1:]))}]"
+    said = f"image similarity {float(image[0]):.3f} [{_ends(percentile_interval(image[1:]))}]"
     if row.text is not None:
         text = curve.text(row)
-        said += f", text similarity {float(text[0]):.3f} [{_ends(interval(text[1:]))}]"
+        said += f", text similarity {float(text[0]):.3f} [{_ends(percentile_interval(text[1:]))}]"
     if row.step > 0 and curve.judges_prompts:
         said += f", prompts followed {float(curve.prompts_kept(row)[0]):.0%} as well as by the base model"
     return said

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eval.training.curve import Curve, StepScores, interval
+from eval.metrics import percentile_interval
+from eval.training.curve import Curve, StepScores
 
 # A step follows prompts unless its prompt margin is below this share of the base model's, beyond noise. Text similarity
 # itself also falls because the concept does not look like its class, which is no fault.
@@ -41,7 +42,7 @@ def follows_prompts(curve: Curve, row: StepScores) -> bool:
     Returns:
         True also without an encoder that reads texts.
     """
-    return interval(curve.prompts_kept(row)[1:])[1] >= PROMPT_FLOOR
+    return percentile_interval(curve.prompts_kept(row)[1:])[1] >= PROMPT_FLOOR
 
 
 def choose(curve: Curve) -> Choice | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamrie.errors import ConfigError
+from eval.metrics import bootstrap_weights, percentile_interval
 
 DRAWS = 2000
 
@@ -78,7 +79,9 @@ class Curve:
         self.yardstick = yardstick
         self.rows = [row for row in rows if not row.blank]
         self.broken = [row for row in rows if row.blank]
-        self._draws = _prompt_draws(yardstick.prompts)
+        count = len(yardstick.prompts)
+        plain = torch.full((1, count), 1 / count, dtype=torch.float64)
+        self._draws = torch.cat([plain, bootstrap_weights(yardstick.prompts, DRAWS)])
 
     @property
     def base(self) -> StepScores | None:
@@ -105,7 +108,7 @@ class Curve:
         return (
             base is not None
             and base.margin is not None
-            and interval(self.means(base.margin)[1:])[0] > 0
+            and percentile_interval(self.means(base.margin)[1:])[0] > 0
         )
 
     def prompts_kept(self, row: StepScores) -> Tensor:
@@ -133,7 +136,7 @@ class Curve:
             Mean, lower and upper end of `of(later) - of(earlier)`.
         """
         values = of(later) - of(earlier)
-        return float(values[0]), *interval(values[1:])
+        return float(values[0]), *percentile_interval(values[1:])
 
     def image(self, row: StepScores) -> Tensor:
         """Mean image similarity, (1 + draws,)."""
@@ -142,30 +145,3 @@ class Curve:
     def text(self, row: StepScores) -> Tensor:
         """Mean text similarity, (1 + draws,); zero without texts."""
         return self.means(row.image * 0 if row.text is None else row.text)
-
-
-def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval.
-
-    Args:
-        values: (draws,).
-        level: coverage.
-
-    Returns:
-        Lower and upper end.
-    """
-    tail = (1 - level) / 2
-    low, high = torch.quantile(values.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return float(low), float(high)
-
-
-def _prompt_draws(prompts: Sequence[str]) -> Tensor:
-    """Weights (1 + DRAWS, n) that turn single values into means: the plain mean, then means over drawn prompts."""
-    names = sorted(set(prompts))
-    rows = torch.tensor([names.index(prompt) for prompt in prompts])
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(names), (DRAWS, len(names)), generator=generator)
-    counts = torch.zeros(DRAWS, len(names), dtype=torch.float64)
-    counts.scatter_add_(1, drawn, torch.ones_like(counts))
-    weights = torch.cat([torch.ones(1, len(names), dtype=torch.float64), counts])[:, rows]
-    return weights / weights.sum(1, keepdim=True)

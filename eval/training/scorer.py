@@ -22,11 +22,12 @@ from dreamrie.files import write_atomic
 from dreamrie.trainer import Verdict, scored_folder
 from eval import metrics
 from eval.encoders import Encoder
+from eval.metrics import percentile_interval
 from eval.pictures import is_blank
 from eval.report.curves import plot_curves
 from eval.training.alarm import judge
 from eval.training.choice import choose
-from eval.training.curve import Curve, StepScores, Yardstick, interval
+from eval.training.curve import Curve, StepScores, Yardstick
 
 RECORDS, PLOT = "scores.jsonl", "scores.png"
 _COLUMNS = 4
@@ -233,7 +234,7 @@ def summary(curve: Curve, row: StepScores) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, values in (("image", curve.image(row)), ("text", curve.text(row))):
         if name == "image" or row.text is not None:
-            found[name] = (float(values[0]), *interval(values[1:]))
+            found[name] = (float(values[0]), *percentile_interval(values[1:]))
     found["drift"] = None if row.drift is None else float(row.drift.mean())
     found["copies"] = curve.copies(row)
     found["prompts_kept"] = float(curve.prompts_kept(row)[0])

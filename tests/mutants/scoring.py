@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval import metrics
 from eval.training import alarm, choice, curve
 from tests.mutants import Mutant, replaced
 from tests.properties import test_eval_training_laws as laws
@@ -31,15 +32,13 @@ def unpaired(self: Any, later: Any, earlier: Any, of: Any) -> tuple[float, float
     shuffled = of(earlier)[1:][
         torch.randperm(curve.DRAWS, generator=torch.Generator().manual_seed(1))
     ]
-    return float(of(later)[0] - of(earlier)[0]), *curve.interval(of(later)[1:] - shuffled)
+    return float(of(later)[0] - of(earlier)[0]), *metrics.percentile_interval(
+        of(later)[1:] - shuffled
+    )
 
 
-def single_pictures(prompts: Any) -> Tensor:
-    return _prompt_draws([str(number) for number in range(len(prompts))])
-
-
-_prompt_draws, _choose = curve._prompt_draws, choice.choose
-_overfitting = alarm.overfitting_symptoms
+def single_pictures(prompts: Any, samples: int) -> Tensor:
+    return metrics.bootstrap_weights([str(number) for number in range(len(prompts))], samples)
 
 
 def highest_wins(scores: Any) -> Any:
@@ -81,7 +80,7 @@ MUTANTS = [
     Mutant(
         "bootstrap over pictures",
         laws.law_pictures_of_a_prompt_are_drawn_together,
-        lambda: with_wrong(curve, _prompt_draws=single_pictures),
+        lambda: with_wrong(curve, bootstrap_weights=single_pictures),
         "pictures of one prompt are not independent",
     ),
     Mutant(
@@ -153,7 +152,7 @@ MUTANTS = [
     Mutant(
         "any loss of text similarity is overfitting",
         laws.law_the_alarms_fire_on_what_they_are_for,
-        lambda: with_wrong(alarm, PROMPT_LOSS=-1.0, interval=lambda values: (1.0, 1.0)),
+        lambda: with_wrong(alarm, PROMPT_LOSS=-1.0, percentile_interval=lambda values: (1.0, 1.0)),
         "a run that is well would be stopped",
     ),
     Mutant(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from eval.metrics import percentile_interval
 from eval.training import alarm, choice, curve
 from tests.eval.small_curves import small_curve
 
@@ -27,7 +28,7 @@ def law_differences_are_paired(impl: Any) -> None:
     assert mean == pytest.approx(0.01, abs=1e-12)
     assert low == pytest.approx(0.01, abs=1e-12)
     assert high == pytest.approx(0.01, abs=1e-12)
-    ends = curve.interval(scores.image(scores.rows[0])[1:])
+    ends = percentile_interval(scores.image(scores.rows[0])[1:])
     assert ends[1] - ends[0] > 0.05, "the precondition: alone, a step is known to within 0.05"
 
 
