@@ -54,7 +54,7 @@ def test_text_similarity_is_that_of_the_prompt_without_its_token() -> None:
 def test_the_command_prints_and_records_what_each_number_depends_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """E3, E6: encoder, hash, preprocessing and metric version; no offline score bears the name DINO or CLIP-T."""
+    """E3, E7: encoder, hash, preprocessing and metric version; no offline score bears the name DINO or CLIP-T."""
     flags = ["--generated", str(CONCEPTS / "owl"), "--reference", str(CONCEPTS / "pumpkin")]
     rows = [{"file_name": f"{i}.png", "prompt": f"an owl on color {i}"} for i in range(5)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -111,3 +111,14 @@ def test_a_token_that_is_left_out_of_nothing_is_a_mistake(
 def test_an_unknown_encoder_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="known: clip, clip-l14, dino"):
         load_encoder("vgg")
+
+
+@pytest.mark.parametrize("name", ["effnet-lite2", "effnet-lite2-64", "tiny-clip"])
+def test_an_offline_score_bears_its_own_name(name: str) -> None:
+    """E7: without the weights of DINO or CLIP no column is called after them; the same network at two sizes is two."""
+    encoder = load_encoder(name)
+    for title in (encoder.image_score, encoder.text_score or ""):
+        assert not title or title.startswith(name)
+        assert "DINO" not in title
+        assert "CLIP" not in title
+    assert ("64" in encoder.preprocessing) == (name != "effnet-lite2")
