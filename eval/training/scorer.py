@@ -38,12 +38,14 @@ class Plan:
     """What is drawn and compared at every scoring of a run.
 
     Attributes:
+        prompt_set: name and hash of the set that the prompts are from.
         prompts: prompt of each picture, token included. texts: the same as text similarity reads them.
         drift_prompts: unrelated prompts. reference: real pictures of the concept, at least two.
         image_encoder: for image similarity, copies and drift. text_encoder: for text similarity, if any.
         steps, guidance_scale, batch_size: of the sampler. max_steps: of the training.
     """
 
+    prompt_set: str
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     drift_prompts: tuple[str, ...]
@@ -93,7 +95,7 @@ class ConceptScorer:
         """
         row = self._score(step)
         self._rows.append(row)
-        self._record(row)
+        self._record()
         curve = self.curve
         choice = choose(curve)
         opinion = judge(curve, choice, self._plan.max_steps)
@@ -143,9 +145,11 @@ class ConceptScorer:
         folder = scored_folder(self._folder, step)
         folder.mkdir(parents=True, exist_ok=True)
         save_png(contact_sheet(pictures, columns=_COLUMNS), folder / "pictures.png")
+        drawn = [*zip(pictures, plan.prompts, strict=True)]
+        drawn += zip(others or [], plan.drift_prompts, strict=bool(others))
         blank = tuple(
             f"{number} ({prompt})"
-            for number, (picture, prompt) in enumerate(zip(pictures, plan.prompts, strict=True))
+            for number, (picture, prompt) in enumerate(drawn)
             if is_blank(picture)
         )
         if blank:
@@ -176,22 +180,18 @@ class ConceptScorer:
         rows = self._texts[[plan.texts.index(text) for text in distinct]]
         return metrics.text_similarity(seen, self._texts), metrics.prompt_margin(seen, rows, own)
 
-    def _record(self, row: StepScores) -> None:
-        """Append the single values; the first line says what they depend on."""
-        path, lines = self._folder / RECORDS, []
-        if len(self._rows) == 1:
-            lines.append(self._facts())
-        else:
-            lines += [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        lines.append(as_record(row))
+    def _record(self) -> None:
+        """Write the single values of all scorings; the first line says what they depend on."""
+        lines = [self._facts(), *map(as_record, self._rows)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomic(path, text.encode())
+        write_atomic(self._folder / RECORDS, text.encode())
 
     def _facts(self) -> dict[str, Any]:
         """What all scores of the run depend on."""
         plan = self._plan
         encoders = [e for e in (plan.image_encoder, plan.text_encoder) if e is not None]
         return {
+            "prompt_set": plan.prompt_set,
             "prompts": plan.prompts,
             "texts": plan.texts,
             "drift_prompts": plan.drift_prompts,

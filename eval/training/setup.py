@@ -59,6 +59,7 @@ def make_scorer(config: TrainConfig, components: Components, folder: Path) -> Co
         check_prompt(components.tokenizer, prompt, "--score_prompts")
     image_encoder, text_encoder = encoder_pair(scores.score_encoders or [])
     plan = Plan(
+        prompt_set=f"{prompt_set.name} {prompt_set.sha256}",
         prompts=prompts,
         texts=tuple(prompt.text(subject) for prompt in chosen),
         drift_prompts=tuple(prompt.text("") for prompt in drift),

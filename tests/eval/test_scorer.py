@@ -68,6 +68,7 @@ def make(parts: Components, folder: Path, **changes: Any) -> ConceptScorer:
     """A scorer of four pictures."""
     paths = write_pictures(folder / "real", 3)
     values: dict[str, Any] = {
+        "prompt_set": "four 123",
         "prompts": PROMPTS,
         "texts": TEXTS,
         "drift_prompts": ("a car", "a tree"),
@@ -135,6 +136,7 @@ def test_every_single_value_and_what_it_depends_on_is_kept(
     run = tmp_path / "run"
     facts = json.loads((run / "scores.jsonl").read_text("utf-8").splitlines()[0])
     assert facts["prompts"] == list(PROMPTS)
+    assert facts["prompt_set"] == "four 123"
     assert facts["texts"] == list(TEXTS)
     assert facts["encoders"]["second"] == {"weights_sha256": "0" * 64, "preprocessing": "4 x 4"}
     assert facts["metrics"]["image_similarity"] == 1
@@ -153,7 +155,7 @@ def test_every_single_value_and_what_it_depends_on_is_kept(
 def test_black_pictures_are_named_and_the_step_is_not_chosen(
     parts: Components, pairs: list[LoraPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of four pictures are black: no mean is made of the other two."""
+    """Two of four pictures are black, and both of the unrelated prompts: no mean is made of the other two."""
     scores, draw = make(parts, tmp_path), scorer.sample
     scores(0)
 
@@ -165,10 +167,11 @@ def test_black_pictures_are_named_and_the_step_is_not_chosen(
     verdict = scores(5)
     assert verdict.best_step is None
     assert verdict.is_alarm
-    assert verdict.scores == {"blank": 2}
+    assert verdict.scores == {"blank": 4}
     assert "0 (a sks owl on grass)" in verdict.message
     record = json.loads((tmp_path / "run" / "scores.jsonl").read_text("utf-8").splitlines()[-1])
-    assert record["blank"] == ["0 (a sks owl on grass)", "1 (a sks owl at night)"]
+    drift = ["4 (a car)", "5 (a tree)"]
+    assert record["blank"] == ["0 (a sks owl on grass)", "1 (a sks owl at night)", *drift]
     assert read_curve(tmp_path / "run" / "scores.jsonl").broken[0].step == 5
 
 
