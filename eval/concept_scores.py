@@ -59,8 +59,8 @@ def text_scores(encoder: Encoder, gallery: Gallery, ours: Tensor) -> list[Score]
         ours: (n, d), their embeddings.
 
     Returns:
-        Text similarity, and the share of pictures that are nearer to their own prompt than to every other one of the
-        set; nothing if the encoder reads no texts.
+        Text similarity, the share of pictures that are nearer to their own prompt than to every other one of the set,
+        and the margin; nothing if the encoder reads no texts.
     """
     if encoder.text_score is None:
         return []
@@ -75,6 +75,9 @@ def text_scores(encoder: Encoder, gallery: Gallery, ours: Tensor) -> list[Score]
         values = metrics.prompt_retrieval(ours, embedded, own)
         title = f"{name}, own prompt nearest of {len(texts)}"
         scores.append(make_score(title, values, files, "prompt_retrieval", encoder, prompts))
+        values = metrics.prompt_margin(ours, embedded, own)
+        title = f"{name}, margin over the other prompts"
+        scores.append(make_score(title, values, files, "prompt_margin", encoder, prompts))
     return scores
 
 

@@ -13,18 +13,22 @@ from dreamrie.files import write_atomic
 from eval.report.facts import digits
 from eval.report.figures import LIGHT, make_figure, mark, name_axes, padded, render, whole_numbers
 
-_PANELS = (("image", "image similarity"), ("text", "text similarity"))
+_PANELS = (
+    ("image", "image similarity"),
+    ("text", "text similarity"),
+    ("prompts_kept", "prompts followed, as a share of the base model"),
+)
 _THEME = LIGHT
 
 
 def plot_curves(
     rows: Sequence[Mapping[str, Any]], path: Path, chosen: int | None, ceiling: float | None
 ) -> None:
-    """Draw image and text similarity over the steps of a run.
+    """Draw image similarity, text similarity and how well prompts are followed over the steps of a run.
 
     Args:
-        rows: scorings, each `{"step": int, "image": (mean, low, high), "text": (mean, low, high) or None}`; other
-            keys are not drawn. Step 0 is the base model. Text similarity has a panel if any row has it; without
+        rows: scorings, each with "step" and any of "image", "text" and "prompts_kept" as (mean, low, high); other
+            keys are not drawn. Step 0 is the base model. Each of the three has a panel if any row has it; without
             rows the picture says that there is nothing yet.
         path: PNG; written whole or not at all.
         chosen: the step that was taken for the best, marked; None: none.

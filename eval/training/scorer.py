@@ -227,17 +227,20 @@ def summary(curve: Curve, row: StepScores) -> dict[str, Any]:
         row: one of its scorings.
 
     Returns:
-        "image" and "text" as (mean, low, high), "drift", "copies", "prompts_kept"; or "blank" alone.
+        "image", "text" and "prompts_kept" as (mean, low, high), "drift", "copies"; or "blank" alone.
     """
     if row.blank:
         return {"blank": len(row.blank)}
     found: dict[str, Any] = {}
-    for name, values in (("image", curve.image(row)), ("text", curve.text(row))):
-        if name == "image" or row.text is not None:
-            found[name] = (float(values[0]), *percentile_interval(values[1:]))
+    draws = {"image": curve.image(row)}
+    if row.text is not None:
+        draws["text"] = curve.text(row)
+    if curve.judges_prompts:
+        draws["prompts_kept"] = curve.prompts_kept(row)
+    for name, values in draws.items():
+        found[name] = (float(values[0]), *percentile_interval(values[1:]))
     found["drift"] = None if row.drift is None else float(row.drift.mean())
     found["copies"] = curve.copies(row)
-    found["prompts_kept"] = float(curve.prompts_kept(row)[0])
     return found
 
 

@@ -62,7 +62,8 @@ def test_a_run_draws_scores_and_records(
     metrics = [score.metric.split()[0] for score in result.scores]
     assert metrics == [
         *("image_similarity", "ceiling", "copy_score", "copy_score"),
-        *("text_similarity", "prompt_retrieval", "prior_drift", "background_color"),
+        *("text_similarity", "prompt_retrieval", "prompt_margin"),
+        *("prior_drift", "background_color"),
     ]
     for score in result.scores:
         assert f"{score.mean:.4f}" in printed

@@ -200,7 +200,7 @@ def test_without_an_encoder_that_reads_texts_image_similarity_alone_decides(
     verdict = scores(5)
     assert verdict.best_step == 5
     assert "text" not in verdict.reason
-    assert set(verdict.scores) == {"image", "drift", "copies", "prompts_kept"}
+    assert set(verdict.scores) == {"image", "drift", "copies"}
 
 
 def settings_for(folder: Path, *flags: str) -> Any:
