@@ -12,7 +12,7 @@ from eval.training.curve import Curve, StepScores
 # Overfitting against the chosen step: prompt margin lost beyond noise, as a share of the base model's.
 PROMPT_LOSS = 0.1
 # Drift counts when it rose at each of the last scorings and is this many times that of the chosen step.
-DRIFT_RISES, DRIFT_FACTOR = 3, 1.5
+DRIFT_RISES, DRIFT_FACTOR = 3, 3.0
 # Share of pictures that are nearer to a training picture than the training pictures are to each other.
 COPY_SHARE = 0.25
 # Drift of a model that has moved at all; below it a learning rate is too low.

@@ -109,7 +109,7 @@ def law_the_alarms_fire_on_what_they_are_for(impl: Any) -> None:
     level = {0: 0.3, 100: 0.4, 200: 0.5, 300: 0.5, 400: 0.5}
     lost = {**flat, 400: 0.34}
     forgotten = {**flat, 400: 0.24}
-    moving = {100: 0.05, 200: 0.06, 300: 0.09, 400: 0.12}
+    moving = {100: 0.05, 200: 0.06, 300: 0.09, 400: 0.2}
     copied = {100: 0.6, 200: 0.7, 300: 0.8, 400: 0.9}
     assert kind_of(impl, small_curve({0: 0.3}, {0: 0.4})) == "start"
     assert kind_of(impl, small_curve(rising, flat)) == "still improving"
