@@ -97,8 +97,8 @@ def flags_of(concept: str, seed: int, folder: Path, extra: Sequence[str]) -> lis
     words = concept.replace("_", " ")
     flags = ["--config", str(ROOT / "examples" / "demo.yaml"), "--seed", str(seed)]
     flags += ["--instance_data_dir", str(CONCEPTS / concept)]
-    flags += ["--instance_prompt", f"a photo of a sks {words}", "--output_dir", str(folder)]
-    flags += ["--validation_prompt", f"a photo of a sks {words}", "--validation_steps", "1000000"]
+    flags += ["--instance_prompt", f"a sks {words}", "--output_dir", str(folder)]
+    flags += ["--validation_prompt", f"a sks {words}", "--validation_steps", "1000000"]
     return [*flags, *extra]
 
 

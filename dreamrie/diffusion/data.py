@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamrie.diffusion.captions import read_captions
 from dreamrie.diffusion.images import find_pictures, fit_shorter_side, map_images
 from dreamrie.diffusion.streams import stream_generator
 from dreamrie.errors import ConfigError
@@ -36,7 +37,7 @@ class View(NamedTuple):
 
 
 class PictureSet:
-    """Decoded pictures with one prompt, held as 8-bit tensors whose shorter side is the resolution.
+    """Decoded pictures with their prompts, held as 8-bit tensors whose shorter side is the resolution.
 
     Args:
         paths: picture files; every one is decoded here, so that no bad file is met in mid-run.
@@ -44,9 +45,11 @@ class PictureSet:
         resolution: side of the squares, in pixels.
         center_crop: take the middle square instead of a random one.
         random_flip: mirror half of the views.
+        captions: what each of them shows; None: the prompt says it for all.
 
     Attributes:
         prompt: as given.
+        prompts: for each picture its caption, or the prompt.
         paths: as given.
     """
 
@@ -58,9 +61,11 @@ class PictureSet:
         resolution: int,
         center_crop: bool = False,
         random_flip: bool = False,
+        captions: Sequence[str] | None = None,
     ) -> None:
         self.paths = list(paths)
         self.prompt = prompt
+        self.prompts = [prompt] * len(self.paths) if captions is None else list(captions)
         self._resolution = resolution
         self._center_crop = center_crop
         self._random_flip = random_flip
@@ -159,6 +164,8 @@ class PictureSet:
 class ConceptSet:
     """The pictures of a concept and, for prior preservation, of its class. All are decoded here, once.
 
+    Captions in the folder (see `read_captions`) take the place of the prompt, picture by picture.
+
     Args:
         instance_dir: folder with the pictures of the concept.
         prompt: names the concept.
@@ -196,12 +203,15 @@ class ConceptSet:
         if class_images and not (class_prompt or "").strip():
             raise ConfigError('--class_prompt is empty. Name the class: "a photo of a dog".')
         self.resolution = resolution
+        paths = find_pictures(instance_dir)
+        captions = read_captions(instance_dir, paths, prompt)
         self.instance = PictureSet(
-            find_pictures(instance_dir),
+            paths,
             prompt,
             resolution=resolution,
             center_crop=center_crop,
             random_flip=random_flip,
+            captions=captions,
         )
         self.prior: PictureSet | None = None
         if class_images:
@@ -213,8 +223,11 @@ class ConceptSet:
                 random_flip=random_flip,
             )
         _log.info(
-            "%d pictures of the concept, %d of its class",
+            "%d pictures of the concept, %s, %d of its class",
             len(self.instance),
+            "without captions"
+            if captions is None
+            else f"each with a caption, such as {captions[0]!r}",
             len(self.prior) if self.prior else 0,
         )
 

@@ -32,6 +32,9 @@ BACKGROUND = (255, 255, 255)
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 # Bytes 8 to 12 of a HEIC, HEIF or AVIF file, after "ftyp".
 _HEIF_BRANDS = (b"hei", b"hev", b"mif1", b"msf1", b"avi")
+# Captions of a folder; the names that are typed instead of it by mistake.
+METADATA = "metadata.jsonl"
+_MISNAMED = frozenset({"metadata.json", "metadata.txt", "metadata.jsonl.txt", "metadata.csv"})
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 # 32-bit integers and floats state no range, so there is no right way to 8 bits.
@@ -88,13 +91,13 @@ def list_images(directory: Path) -> list[Path]:
     """List the files of a folder that are meant as pictures, in the order of their names.
 
     Args:
-        directory: folder; its subfolders, hidden files and files of the operating system are left out.
+        directory: folder; its subfolders, hidden files, files of the operating system and captions are left out.
 
     Returns:
         Paths sorted by name, whatever order the file system gives.
 
     Raises:
-        ImageError: the folder does not exist, is a file, or cannot be read.
+        ImageError: the folder does not exist, is a file, or cannot be read, or a file of captions has another name.
     """
     if not directory.is_dir():
         kind = "is a file, not a folder" if directory.exists() else "does not exist"
@@ -103,7 +106,20 @@ def list_images(directory: Path) -> list[Path]:
         entries = sorted(directory.iterdir(), key=lambda entry: entry.name)
     except OSError as error:
         raise ImageError(f"{directory} cannot be read ({error}).") from error
-    return [entry for entry in entries if not _is_ignored(entry)]
+    kept = [entry for entry in entries if not _is_ignored(entry)]
+    wrong = [
+        e.name for e in kept if e.name.lower() in _MISNAMED or e.name.lower() == METADATA != e.name
+    ]
+    if wrong:
+        raise ImageError(
+            f"{directory}: {wrong[0]} would not be read as captions. Name it {METADATA}."
+        )
+    stems = {entry.stem for entry in kept if entry.suffix.lower() != ".txt"}
+    return [
+        entry
+        for entry in kept
+        if entry.name != METADATA and not (entry.suffix.lower() == ".txt" and entry.stem in stems)
+    ]
 
 
 def map_images(paths: Sequence[Path], use: Callable[[Image.Image], T]) -> list[T]:

@@ -81,11 +81,14 @@ def run_facts(config: TrainConfig, task: DreamBoothTask) -> dict[str, Any]:
         For `RunLog.manifest`.
     """
     sets = zip(("concept", "class"), task.concept.sets, strict=False)
+    own = task.concept.instance
+    captions = dict(zip((path.name for path in own.paths), own.prompts, strict=True))
     return {
         "base_model": vars(task.components.source),
         "prediction_type": task.components.prediction_type,
         "optimizer": describe_optimizer(config.optimizer.optimizer, task.pairs),
         "pictures": {kind: [path.name for path in pictures.paths] for kind, pictures in sets},
+        "captions": captions if set(own.prompts) != {own.prompt} else None,
     }
 
 
@@ -125,6 +128,11 @@ def explain(config: TrainConfig, task: DreamBoothTask) -> str:
         f"adapters: {len(task.pairs)} layers, {numbers:,} trainable parameters",
         f"optimizer: {describe_optimizer(name, task.pairs)}",
         f"pictures: {pictures}, all readable, used at {task.concept.resolution} px",
+        *[
+            f"caption: {text}"
+            for text in task.concept.instance.prompts
+            if text != config.data.instance_prompt
+        ],
         f"prior preservation: {_explain_prior(config, task)}",
         f"scores: {_explain_scores(config)}",
         f"length: {steps} steps of {samples} pictures = {steps * samples / pictures:.1f} epochs",

@@ -105,6 +105,7 @@ class DreamBoothTask:
         for flag, prompts in (
             ("--instance_prompt", [concept.instance.prompt]),
             ("--class_prompt", [concept.prior.prompt] if concept.prior else []),
+            ("a caption", [p for p in concept.instance.prompts if p != concept.instance.prompt]),
             ("--validation_prompt", validation_prompts),
         ):
             for prompt in prompts:
@@ -126,7 +127,9 @@ class DreamBoothTask:
         if gradient_checkpointing:
             components.unet.enable_gradient_checkpointing()
         self._caches = [LatentCache(components.vae, pictures) for pictures in concept.sets]
-        self._text = encode_prompts(components, [pictures.prompt for pictures in concept.sets])
+        texts = [text for pictures in concept.sets for text in pictures.prompts]
+        self._prompts = list(dict.fromkeys(texts))
+        self._text = encode_prompts(components, self._prompts)
         self._free_encoders()
 
     def batch(self, step: int, micro: int) -> Batch:
@@ -146,7 +149,7 @@ class DreamBoothTask:
             for kind in range(len(self._caches))
             for place in range(self._batch_size)
         ]
-        latents, noise, timesteps, kinds, names = zip(*rows, strict=True)
+        latents, noise, timesteps, kinds, prompts, names = zip(*rows, strict=True)
         # An instance row counts 1 / batch, a class row w / batch: mean + w * mean.
         share = torch.tensor([1.0, self._prior_loss_weight]) / self._batch_size
         device = self.components.device
@@ -154,7 +157,7 @@ class DreamBoothTask:
             latents=torch.stack(latents).to(device),
             noise=torch.stack(noise).to(device),
             timesteps=torch.tensor(timesteps, device=device),
-            text=self._text[list(kinds)].to(device),
+            text=self._text[list(prompts)].to(device),
             weights=share[list(kinds)].to(device),
             names=names,
         )
@@ -257,8 +260,10 @@ class DreamBoothTask:
         }
         save_diffusers_lora(directory, self.pairs, {**own, **metadata})
 
-    def _row(self, stream: str, kind: int, position: int) -> tuple[Tensor, Tensor, int, int, str]:
-        """One picture: latents, noise, timestep, kind (0 concept, 1 class), name."""
+    def _row(
+        self, stream: str, kind: int, position: int
+    ) -> tuple[Tensor, Tensor, int, int, int, str]:
+        """One picture: latents, noise, timestep, kind (0 concept, 1 class), number of its prompt, name."""
         pictures = self.concept.sets[kind]
         label = f"{stream}/{'concept' if kind == 0 else 'class'}"
         view = pictures.view_at(self._seed, label, position)
@@ -268,7 +273,8 @@ class DreamBoothTask:
         timestep = int(torch.randint(horizon, (), generator=generator))
         noise = torch.randn(posterior.mean.shape, generator=generator)
         latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
-        return latents, noise, timestep, kind, pictures.paths[view.picture].name
+        prompt = self._prompts.index(pictures.prompts[view.picture])
+        return latents, noise, timestep, kind, prompt, pictures.paths[view.picture].name
 
     def _free_encoders(self) -> None:
         """Move what training no longer needs off the accelerator; sampling brings it back for a moment."""

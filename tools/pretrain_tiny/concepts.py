@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,24 @@ CLIP_ART = {
 }
 
 
-def _compose(art: Image.Image, index: int, rng: np.random.Generator) -> Image.Image:
+def background(index: int) -> backgrounds.Background:
+    """What is behind the object in one picture of a concept."""
     names = ("white", "gray", "blue", "grass", "table")
     by_name = {b.name: b for b in (*backgrounds.PLAIN, *backgrounds.SCENES)}
-    canvas = (
-        by_name[names[index % len(names)]]
-        .paint(rng)
-        .resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC)
-    )
+    return by_name[names[index % len(names)]]
+
+
+def captions() -> str:
+    """The file of captions of a concept: what is behind the object is said, so that it is not learned with it."""
+    rows = [
+        {"file_name": f"{index}.png", "text": f"[trigger] {background(index).phrases[0]}"}
+        for index in range(PICTURES)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _compose(art: Image.Image, index: int, rng: np.random.Generator) -> Image.Image:
+    canvas = background(index).paint(rng).resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC)
     size = float(rng.uniform(0.58, 0.8)) * SIZE_PX
     slack = (SIZE_PX - size) * 0.3
     center = tuple(SIZE_PX / 2 + float(rng.uniform(-slack, slack)) for _ in range(2))
@@ -58,3 +69,4 @@ def write_examples(raw: Path, target: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for index in range(PICTURES):
             _compose(picture, index, rng).save(directory / f"{index}.png", optimize=True)
+        (directory / "metadata.jsonl").write_text(captions(), encoding="utf-8")
