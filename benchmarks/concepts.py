@@ -107,7 +107,8 @@ def is_done(job: Job) -> bool:
     concept, seed, folder, extra = job
     if not (folder / DONE).is_file():
         return False
-    recorded = parse_config(["--config", str(folder / "config.yaml")])
+    # The folder may have been moved since.
+    recorded = parse_config(["--config", str(folder / "config.yaml"), "--output_dir", str(folder)])
     wanted = parse_config(flags_of(concept, seed, folder, extra))
     if recorded != wanted.with_resolution(recorded.data.resolution or 0):
         return False
