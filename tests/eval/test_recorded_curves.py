@@ -1,8 +1,8 @@
 """The alarms on scores of real trainings of the demo, and once more while it trains.
 
 `curves/default.jsonl` is the run of examples/demo.yaml with `--score_steps 100`. The others were recorded before the
-pictures had captions, with the instance prompt "a photo of a sks pumpkin", and one more change each: `--learning_rate 0.2`;
-`--max_train_steps 4000 --score_steps 400`; `--learning_rate 2e-4 --max_train_steps 100 --score_steps 50`.
+pictures had captions, with the instance prompt "a photo of a sks pumpkin", and one more change each: `--learning_rate
+0.2`; `--max_train_steps 4000 --score_steps 400`; `--learning_rate 2e-4 --max_train_steps 100 --score_steps 50`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,15 @@ def test_a_stop_before_the_first_step_saves_nothing_and_says_so(
     assert signal.getsignal(number) == before
 
 
+@pytest.fixture
+def attentive() -> Iterator[None]:
+    """A test run that was started in the background of a shell ignores Ctrl-C, and so would the command."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("attentive")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_before_training_saves_nothing_and_says_so(
     command: Command,
