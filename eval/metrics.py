@@ -140,6 +140,16 @@ def prior_drift(base: Tensor, adapted: Tensor) -> Tensor:
     return (1 - (left * right).sum(1)) / 2
 
 
+def _cosines_to_prompts(images: Tensor, texts: Tensor, own: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cosines (n, k) of pictures to all prompts of a set, and the row of each picture's own prompt (n,)."""
+    left, right = _check("images", images), _check("texts", texts, 2)
+    if len(own) != len(left):
+        raise ConfigError(
+            f"each picture needs its own prompt: {len(left)} pictures, {len(own)} rows."
+        )
+    return left @ right.T, torch.tensor(list(own))
+
+
 def prompt_retrieval(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tensor:
     """Whether a picture is nearer to its own prompt than to any other prompt of the set.
 
@@ -154,12 +164,8 @@ def prompt_retrieval(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tenso
     Raises:
         ConfigError: numbers differ, fewer than two prompts, not normalized. NumericalError: not finite.
     """
-    left, right = _check("images", images), _check("texts", texts, 2)
-    if len(own) != len(left):
-        raise ConfigError(
-            f"each picture needs its own prompt: {len(left)} pictures, {len(own)} rows."
-        )
-    return ((left @ right.T).argmax(1) == torch.tensor(list(own))).double()
+    cosines, rows = _cosines_to_prompts(images, texts, own)
+    return (cosines.argmax(1) == rows).double()
 
 
 def prompt_margin(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tensor:
@@ -179,14 +185,9 @@ def prompt_margin(images: Tensor, texts: Tensor, own: Sequence[int]) -> Tensor:
     Raises:
         ConfigError: numbers differ, fewer than two prompts, not normalized. NumericalError: not finite.
     """
-    left, right = _check("images", images), _check("texts", texts, 2)
-    if len(own) != len(left):
-        raise ConfigError(
-            f"each picture needs its own prompt: {len(left)} pictures, {len(own)} rows."
-        )
-    cosines = left @ right.T
-    mine = cosines.gather(1, torch.tensor(list(own)).unsqueeze(1)).squeeze(1)
-    return mine - (cosines.sum(1) - mine) / (right.shape[0] - 1)
+    cosines, rows = _cosines_to_prompts(images, texts, own)
+    mine = cosines.gather(1, rows.unsqueeze(1)).squeeze(1)
+    return mine - (cosines.sum(1) - mine) / (cosines.shape[1] - 1)
 
 
 def bootstrap_weights(groups: Sequence[str], samples: int = 2000, seed: int = 0) -> Tensor:
