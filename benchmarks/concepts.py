@@ -25,19 +25,14 @@ from pathlib import Path
 import torch
 
 import train_dreambooth
-from dreamrie.config import TrainConfig, parse_config
-from dreamrie.diffusion.adapters import load_saved_adapter, read_metadata
-from dreamrie.diffusion.components import load_components
-from dreamrie.diffusion.images import contact_sheet, list_images, load_image, save_png
-from dreamrie.diffusion.pipeline import sample
-from dreamrie.diffusion.streams import derive_seed
+from benchmarks.examiner import Examiner
+from dreamrie.config import parse_config
+from dreamrie.diffusion.adapters import read_metadata
 from dreamrie.files import write_atomic
 from dreamrie.trainer import BEST, SCORED
 from eval import metrics
 from eval.encoders import Encoder, load_encoder
 from eval.metrics import percentile_interval
-from eval.pictures import is_blank
-from eval.prompts import load_prompts
 from eval.training import Curve, StepScores, Yardstick, choose
 from eval.training.choice import follows_prompts
 
@@ -46,25 +41,47 @@ CONCEPTS = ROOT / "examples" / "concepts"
 # Pictures of a gain: three for each prompt of the embedded set.
 GAIN_PICTURES = 66
 BRUTE_FACTOR = 10
-ENCODERS = ("effnet-lite2-64", "tiny-clip")
+ENCODERS = ("effnet-lite2-64-160", "tiny-clip")
 DONE = "pytorch_lora_weights.safetensors"
 Job = tuple[str, int, Path, list[str]]
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A concept and seed: base model, adapter of `best/`, paired difference with its 95 % interval over prompts."""
+    """A concept and seed: base model, adapter of `best/`, paired difference with its 95 % interval over prompts.
+
+    `changes` is the change of image similarity for each prompt.
+    """
 
     concept: str
     seed: int
     step: int
     image: tuple[float, float, float, float, float]
     text: tuple[float, float, float, float, float]
+    changes: tuple[float, ...]
 
     @property
     def rises(self) -> bool:
         """Whether image similarity rose beyond noise."""
         return self.image[3] > 0
+
+
+def over_seeds(gains: Sequence[Gain]) -> dict[str, tuple[float, float, float]]:
+    """Rise of image similarity of each concept, averaged over its seeds, with a 95 % interval over prompts.
+
+    Args:
+        gains: every run has drawn the same prompts.
+
+    Returns:
+        Mean, lower and upper end, by concept.
+    """
+    found = {}
+    for concept in sorted({row.concept for row in gains}):
+        rows = [row.changes for row in gains if row.concept == concept]
+        mean = torch.tensor(rows, dtype=torch.float64).mean(0)
+        draws = metrics.bootstrap_weights([str(number) for number in range(len(mean))]) @ mean
+        found[concept] = (float(mean.mean()), *percentile_interval(draws))
+    return found
 
 
 @dataclass(frozen=True)
@@ -129,69 +146,19 @@ def train_one(job: Job) -> str:
     return f"{folder.name}: trained"
 
 
-class Examiner:
-    """Draws and scores on seeds that neither training nor its scores have used.
-
-    Args:
-        encoders: for image similarity and for text similarity.
-        sampling: steps, guidance and batch size.
-    """
-
-    def __init__(self, encoders: tuple[Encoder, Encoder], sampling: tuple[int, float, int]) -> None:
-        self.image, self.reader = encoders
-        self.sampling = sampling
-
-    def scores(
-        self, config: TrainConfig, adapter: Path | None, count: int, stream: str, sheet: Path
-    ) -> tuple[StepScores, Yardstick]:
-        """Score the base model or an adapter on `count` pictures of the embedded prompts."""
-        components = load_components(config.model.pretrained_model_name_or_path)
-        step = 0
-        if adapter is not None:
-            step = int(load_saved_adapter(components, adapter)["steps"])
-        token, subject = str(config.scores.token), str(config.scores.subject_class)
-        prompts = load_prompts("embedded").spread(count)
-        steps, guidance, batch = self.sampling
-        pictures = sample(
-            components,
-            [prompt.text(f"{token} {subject}") for prompt in prompts],
-            [derive_seed(1, stream, number) for number in range(count)],
-            steps=steps,
-            guidance_scale=guidance,
-            batch_size=batch,
-        )
-        blank = [number for number, picture in enumerate(pictures) if is_blank(picture)]
-        if blank:
-            raise SystemExit(
-                f"{adapter}: {len(blank)} blank pictures, the first is number {blank[0]}"
-            )
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        save_png(contact_sheet(pictures[:22], columns=11), sheet)
-        paths = list_images(config.data.instance_data_dir)
-        real = self.image.embed_images([load_image(path) for path in paths])
-        ours = self.image.embed_images(pictures)
-        texts = [prompt.text(subject) for prompt in prompts]
-        seen = self.reader.embed_images(pictures)
-        nearest, nearest_real = metrics.copy_score(ours, real)
-        distinct = list(dict.fromkeys(texts))
-        own = [distinct.index(text) for text in texts]
-        row = StepScores(
-            step,
-            metrics.image_similarity(ours, real),
-            metrics.text_similarity(seen, self.reader.embed_texts(texts)),
-            metrics.prompt_margin(seen, self.reader.embed_texts(distinct), own),
-            nearest,
-        )
-        return row, Yardstick(tuple(texts), float(metrics.ceiling(real).mean()), nearest_real)
-
-
 def gain(concept: str, seed: int, base: StepScores, row: StepScores, yardstick: Yardstick) -> Gain:
     """Paired difference of an adapter to the base model."""
     curve = Curve(yardstick, [base, row])
     values = []
     for of in (curve.image, curve.text):
         values.append((float(of(base)[0]), float(of(row)[0]), *curve.difference(row, base, of)))
-    return Gain(concept, seed, row.step, values[0], values[1])
+    changes = [
+        float(
+            (row.image - base.image)[torch.tensor([p == prompt for p in yardstick.prompts])].mean()
+        )
+        for prompt in dict.fromkeys(yardstick.prompts)
+    ]
+    return Gain(concept, seed, row.step, values[0], values[1], tuple(changes))
 
 
 def search(concept: str, kept: int, rows: Sequence[StepScores], yardstick: Yardstick) -> Search:
@@ -246,6 +213,20 @@ def report(gains: Sequence[Gain], searches: Sequence[Search]) -> str:
         f"image similarity rises beyond noise in {rising} of {len(gains)} runs; by {float(changes.mean()):+.3f} on "
         f"average, standard deviation {spread:.3f} over runs"
     )
+    lines += [
+        "",
+        "image similarity of a concept, mean over its seeds [95 % interval over prompts]",
+        "",
+    ]
+    pooled = over_seeds(gains)
+    for concept, (mean, low, high) in pooled.items():
+        runs = [row.image[2] for row in gains if row.concept == concept]
+        said = "yes" if low > 0 else "NO"
+        lines.append(
+            f"{concept:<15} {mean:+.3f} [{low:+.3f} {high:+.3f}]  seeds {min(runs):+.3f} to {max(runs):+.3f}  {said}"
+        )
+    sure = sum(low > 0 for _, low, _ in pooled.values())
+    lines.append(f"image similarity rises beyond noise in {sure} of {len(pooled)} concepts")
     lines += ["", f"best/ against a search with {BRUTE_FACTOR} times the pictures", ""]
     lines.append(
         f"{'concept':<15} best/  search  image of best/, of search [95 %]     paired difference  agrees"

@@ -13,7 +13,7 @@ from eval.encoders import lpips
 
 # What needs no download, and what photos are scored with in the literature.
 OFFLINE = "effnet-lite2,tiny-clip"
-FOR_EMBEDDED = "effnet-lite2-64,tiny-clip"
+FOR_EMBEDDED = "effnet-lite2-64-160,tiny-clip"
 FOR_PHOTOS = "dino,dinov2,clip"
 LPIPS = "lpips"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,6 +26,18 @@ def test_a_gain_is_the_paired_difference() -> None:
     assert not concepts.gain("owl", 1, *fall.rows, fall.yardstick).rises
 
 
+def test_seeds_are_averaged_before_prompts_are_drawn() -> None:
+    """Two seeds that differ by 0.2 prompt by prompt, in turn: their mean has no spread left, each alone has."""
+    curve = small_curve({0: 0.4, 100: 0.5}, {0: 0.3, 100: 0.3})
+    rise = concepts.gain("owl", 0, *curve.rows, curve.yardstick)
+    up = dataclasses.replace(rise, changes=(0.2, 0.0, 0.2, 0.0))
+    down = dataclasses.replace(rise, seed=1, changes=(0.0, 0.2, 0.0, 0.2))
+    assert concepts.over_seeds([up, down])["owl"] == pytest.approx((0.1, 0.1, 0.1))
+    mean, low, high = concepts.over_seeds([up])["owl"]
+    assert mean == pytest.approx(0.1)
+    assert low < 0.05 < 0.15 < high
+
+
 @pytest.mark.parametrize(
     ("kept", "same", "agrees"), [(300, True, True), (200, False, True), (100, False, False)]
 )
@@ -45,7 +58,13 @@ def test_the_tables_count_what_rises_and_what_agrees() -> None:
     curve = small_curve({0: 0.4, 100: 0.5}, {0: 0.3, 100: 0.3})
     rise = concepts.gain("owl", 0, *curve.rows, curve.yardstick)
     found = concepts.search("owl", 100, curve.rows, curve.yardstick)
-    text = concepts.report([rise, rise], [found])
+    again = dataclasses.replace(rise, seed=1)
+    text = concepts.report([rise, again], [found])
+    assert any(
+        line.startswith("owl             +0.100 [+0.0") and line.endswith("yes")
+        for line in text.splitlines()
+    )
+    assert "rises beyond noise in 1 of 1 concepts" in text
     assert (
         "rises beyond noise in 2 of 2 runs; by +0.100 on average, standard deviation 0.000" in text
     )

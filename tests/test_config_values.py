@@ -157,7 +157,7 @@ def test_scores_follow_the_model_and_the_instance_prompt(tmp_path: Path) -> None
     words = ["--instance_data_dir", "x", "--instance_prompt", "a photo of a sks red dog"]
     config = parse_config([*words, "--score_steps", "50"])
     assert (config.scores.token, config.scores.subject_class) == ("sks", "red dog")
-    assert config.scores.score_encoders == ["effnet-lite2-64", "tiny-clip"]
+    assert config.scores.score_encoders == ["effnet-lite2-64-160", "tiny-clip"]
     assert (config.scores.score_prompts, config.scores.score_inference_steps) == ("embedded", 10)
     assert config.loop_values()["score_steps"] == 50
     assert parse_config(settings_file(tmp_path, to_yaml(config))) == config

@@ -44,11 +44,17 @@ def test_the_demo_trains_and_shows_what_the_saved_file_does(
     flags += ["--train_batch_size", "2", "--spectrum_steps", "1", "--loi_batches", "2"]
     flags += ["--validation_prompt", *PROMPTS]
     scores = ["--score_steps", "2", "--score_images", "4", "--score_inference_steps", "1"]
-    scores += ["--score_prompts", "embedded", "--score_encoders", "effnet-lite2-64", "tiny-clip"]
+    scores += [
+        "--score_prompts",
+        "embedded",
+        "--score_encoders",
+        "effnet-lite2-64-160",
+        "tiny-clip",
+    ]
     demo.main([*flags, *scores])
     said = capsys.readouterr().out
     cell = r"[+-]?\d\.\d{3} \[-?\d\.\d{3} -?\d\.\d{3}\]"
-    for name in (r"image similarity \(effnet-lite2-64\)", r"text similarity \(tiny-clip\)"):
+    for name in (r"image similarity \(effnet-lite2-64-160\)", r"text similarity \(tiny-clip\)"):
         assert re.search(rf"{name} +{cell} +{cell} +-?{cell}", said), said
     sizes = {name: size_of(out / f"{name}.png") for name in ("grid", "loss", "spectrum")}
     assert min(min(size) for size in sizes.values()) > 300
@@ -147,7 +153,9 @@ def test_the_demo_scores_pair_the_pictures() -> None:
     owls = [load_image(folder / "owl" / f"{number}.png") for number in range(4)]
     robots = [load_image(folder / "robot" / f"{number}.png") for number in range(4)]
     texts = [f"an owl on color {number}" for number in range(4)]
-    table = score_table(robots, owls, owls, texts, encoder_pair(["effnet-lite2-64", "tiny-clip"]))
+    table = score_table(
+        robots, owls, owls, texts, encoder_pair(["effnet-lite2-64-160", "tiny-clip"])
+    )
     cells = [line for line in table.splitlines() if line.startswith("image similarity")]
     numbers = [float(number) for number in re.findall(r"-?\d\.\d{3}", cells[0])]
     before, after, gain = numbers[0], numbers[3], numbers[6]

@@ -216,7 +216,7 @@ class ScoreSettings(Group):
     score_encoders: Texts | None = Field(
         None,
         description="encoders by name, weights from a file as NAME=FILE; default dino clip, for the "
-        "embedded model effnet-lite2-64 tiny-clip",
+        "embedded model effnet-lite2-64-160 tiny-clip",
     )
     score_inference_steps: Count | None = Field(
         None,

@@ -205,7 +205,9 @@ class TrainConfig(Group):
         """What the scores are computed with."""
         return {
             "score_prompts": "embedded" if is_embedded else "objects",
-            "score_encoders": ["effnet-lite2-64", "tiny-clip"] if is_embedded else ["dino", "clip"],
+            "score_encoders": ["effnet-lite2-64-160", "tiny-clip"]
+            if is_embedded
+            else ["dino", "clip"],
             "score_inference_steps": 10 if is_embedded else 25,
             "token": self._token(),
             "subject_class": self._words_after_token(),

@@ -24,7 +24,8 @@ class Encoder:
         name: name in the registry.
         image_score: name under which image similarity is printed; text_score: the same for text similarity, or
             None if the network reads no texts. Only the real networks bear the names DINO and CLIP.
-        preprocessing: what happens to a picture before the network sees it, in words.
+        preprocessing: what happens to a picture before the network sees it, in words; two ways separated by "; "
+            give two embeddings, which are joined.
         weights_sha256: see `weights_sha256`.
     """
 
@@ -33,7 +34,7 @@ class Encoder:
     text_score: str | None
     preprocessing: str
     weights_sha256: str
-    _prepare: Callable[[Image.Image], Tensor]
+    _views: Sequence[Callable[[Image.Image], Tensor]]
     _encode_images: Callable[[Tensor], Tensor]
     _encode_texts: Callable[[list[str]], Tensor] | None = None
 
@@ -54,9 +55,13 @@ class Encoder:
             raise ConfigError(f"encoder {self.name!r}: no pictures to embed.")
         rows = []
         for start in range(0, len(images), _BATCH):
-            part = images[start : start + _BATCH]
-            pixels = torch.stack([self._prepare(image.convert("RGB")) for image in part])
-            rows.append(self._encode_images(pixels).float())
+            part = [image.convert("RGB") for image in images[start : start + _BATCH]]
+            seen = [
+                self._encode_images(torch.stack([view(image) for image in part])).float()
+                for view in self._views
+            ]
+            # Each at norm 1 before they are joined: the cosine is then the mean of the cosines of all views.
+            rows.append(torch.cat([normalize(view, dim=1) for view in seen], dim=1))
         return normalize(torch.cat(rows), dim=1)
 
     @torch.no_grad()

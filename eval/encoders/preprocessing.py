@@ -48,6 +48,8 @@ class Preprocessing:
 DINO = Preprocessing(256, 224, IMAGENET, "ImageNet")
 CLIP = Preprocessing(224, 224, OPENAI, "OpenAI")
 EFFNET = Preprocessing(224, 224, TF_LITE, "TensorFlow")
-# Enlarged, a picture of 64 pixels shows the grid of its codec first and its object second.
+# At 224 a picture of 64 pixels shows the grid of its codec first and its object second. Which sizes tell concepts
+# apart: `python -m benchmarks.recognition`.
 EFFNET_64 = Preprocessing(64, 64, TF_LITE, "TensorFlow")
+EFFNET_160 = Preprocessing(160, 160, TF_LITE, "TensorFlow")
 TINY = Preprocessing(64, 64, HALF, "0.5")

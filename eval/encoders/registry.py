@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def _unavailable(name: str, weights: Path | None, source: str, error: Exception)
         f"encoder {name!r}: its weights are not in the local cache and the hub did not give them "
         f"({_first_line(error)}). Without a network, download {source} elsewhere and pass "
         f"--weights {name}=FILE (in a training --score_encoders {name}=FILE), or choose an offline encoder: "
-        "effnet-lite2, effnet-lite2-64, tiny-clip."
+        "effnet-lite2, effnet-lite2-64-160, tiny-clip."
     )
 
 
@@ -73,12 +73,12 @@ def _dino(architecture: str, score: str, source: str) -> Callable[[str, Path | N
 
 
 def _vision(
-    name: str, score: str, model: nn.Module, prepare: preprocessing.Preprocessing
+    name: str, score: str, model: nn.Module, *views: preprocessing.Preprocessing
 ) -> Encoder:
-    """An encoder that reads pictures only."""
+    """An encoder that reads pictures only, prepared in one way or in several."""
     model = model.eval().requires_grad_(False)
     digest = weights_sha256(model.state_dict())
-    return Encoder(name, score, None, str(prepare), digest, prepare, model)
+    return Encoder(name, score, None, "; ".join(map(str, views)), digest, views, model)
 
 
 def _clip(architecture: str, suffix: str, source: str) -> Callable[[str, Path | None], Encoder]:
@@ -129,7 +129,7 @@ def text_image_encoder(
         *scores,
         str(prepare),
         weights_sha256(model.state_dict()),
-        prepare,
+        (prepare,),
         model.encode_image,
         lambda texts: model.encode_text(tokenize(texts)),
     )
@@ -163,12 +163,28 @@ def load_effnet() -> nn.Module:
     return model.eval()
 
 
-def _effnet(prepare: preprocessing.Preprocessing) -> Callable[[str, Path | None], Encoder]:
+def _effnet(*views: preprocessing.Preprocessing) -> Callable[[str, Path | None], Encoder]:
     def build(name: str, weights: Path | None) -> Encoder:
         _refuse_weights(name, weights)
-        return _vision(name, f"{name} image", load_effnet(), prepare)
+        return small_vision_encoder(name, views)
 
     return build
+
+
+def small_vision_encoder(name: str, views: Sequence[preprocessing.Preprocessing]) -> Encoder:
+    """EfficientNet-Lite2 on pictures of any size, or of several.
+
+    Args:
+        name: under which scores are printed.
+        views: ways to prepare a picture; their embeddings are joined.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ConfigError: see `load_effnet`.
+    """
+    return _vision(name, f"{name} image", load_effnet(), *views)
 
 
 def _tiny(name: str, weights: Path | None) -> Encoder:
@@ -198,6 +214,6 @@ BUILDERS: dict[str, Callable[[str, Path | None], Encoder]] = {
     "dino": _dino("vit_small_patch16_224.dino", "DINO", _DINO_SOURCE),
     "dinov2": _dino("vit_small_patch14_dinov2.lvd142m", "DINOv2", _DINOV2_SOURCE),
     "effnet-lite2": _effnet(preprocessing.EFFNET),
-    "effnet-lite2-64": _effnet(preprocessing.EFFNET_64),
+    "effnet-lite2-64-160": _effnet(preprocessing.EFFNET_64, preprocessing.EFFNET_160),
     "tiny-clip": _tiny,
 }

@@ -47,7 +47,7 @@ def encoder(name: str, reads: bool) -> Encoder:
         text,
         "4 x 4",
         "0" * 64,
-        pixels,
+        (pixels,),
         lambda x: x,
         by_letters if reads else None,
     )

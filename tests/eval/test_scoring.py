@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import eval.__main__ as command
 from dreamrie.errors import ConfigError
 from eval import scoring
 from eval.encoders import load_encoder
+from eval.encoders.preprocessing import TF_LITE, Preprocessing
+from eval.encoders.registry import small_vision_encoder
 from eval.pictures import read_folder
 from tests.contracts.sources import ROOT
 from tests.eval.test_pictures import write_pictures
@@ -108,12 +111,26 @@ def test_a_token_that_is_left_out_of_nothing_is_a_mistake(
         assert said in capsys.readouterr().err
 
 
+def test_an_encoder_of_two_sizes_averages_their_cosines() -> None:
+    """Joined without norm 1 of each part, the larger picture would count for more."""
+    pictures = [
+        Image.effect_mandelbrot((80, 80), (-3, -2.5, 2, 2.5), q).convert("RGB") for q in (9, 60)
+    ]
+    views = [Preprocessing(side, side, TF_LITE, "TensorFlow") for side in (64, 96)]
+    cosines = []
+    for part in (views[:1], views[1:], views):
+        ours = small_vision_encoder("effnet", part).embed_images(pictures)
+        cosines.append(float(ours[0] @ ours[1]))
+    assert abs(cosines[0] - cosines[1]) > 1e-3
+    assert cosines[2] == pytest.approx((cosines[0] + cosines[1]) / 2, abs=1e-6)
+
+
 def test_an_unknown_encoder_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="known: clip, clip-l14, dino"):
         load_encoder("vgg")
 
 
-@pytest.mark.parametrize("name", ["effnet-lite2", "effnet-lite2-64", "tiny-clip"])
+@pytest.mark.parametrize("name", ["effnet-lite2", "effnet-lite2-64-160", "tiny-clip"])
 def test_an_offline_score_bears_its_own_name(name: str) -> None:
     """E7: without the weights of DINO or CLIP no column is called after them; the same network at two sizes is two."""
     encoder = load_encoder(name)

@@ -13,7 +13,14 @@ from dreamrie.diffusion.adapters import read_metadata
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command, metrics
 
 SCORES = ("--score_steps", 2, "--score_images", 4, "--score_prompts", "living")
-SCORES = (*SCORES, "--score_inference_steps", 1, "--score_encoders", "effnet-lite2-64", "tiny-clip")
+SCORES = (
+    *SCORES,
+    "--score_inference_steps",
+    1,
+    "--score_encoders",
+    "effnet-lite2-64-160",
+    "tiny-clip",
+)
 
 
 def test_a_scored_run_keeps_the_best_adapter_and_trains_the_same_one(
@@ -56,7 +63,7 @@ def test_a_dry_run_says_what_would_be_scored(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--dry-run", *SCORES) == 0
-    said = "scores: every 2 steps, 4 pictures of the set living, with effnet-lite2-64 and tiny-clip"
+    said = "scores: every 2 steps, 4 pictures of the set living, with effnet-lite2-64-160 and tiny-clip"
     assert said in capsys.readouterr().out
     assert command("--dry-run") == 0
     assert "scores: off" in capsys.readouterr().out
