@@ -49,6 +49,12 @@ BAD_FLAGS = [
     (["--score_images", "3", "--score_steps", "9"], ["score_images", "equal to 4"]),
     (["--token", "skz", "--score_steps", "9"], ["'skz'", "a photo of a sks dog", "--token"]),
     (["--token", "dog", "--score_steps", "9"], ["subject_class", "behind 'dog'"]),
+    (["--aspect_buckets", "--center_crop"], ["aspect_buckets", "center_crop", "leave one"]),
+    (["--alpha", "masks"], ["alpha", "'masks'", "did you mean mask?"]),
+    (["--background_color", "mauve"], ["background_color", "'mauve'", "white", "#rrggbb"]),
+    (["--background_color", "#12345"], ["'#12345'", "hexadecimal"]),
+    (["--background_color", "#12345g"], ["'#12345g'", "hexadecimal"]),
+    (["--background_color", "ff8000"], ["'ff8000'", "#rrggbb"]),
     (["--seed", "-1"], ["seed"]),
     (["--rank", "0", "--seed", "-1"], ["rank", "also wrong: seed"]),
 ]

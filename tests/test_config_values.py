@@ -78,6 +78,21 @@ def test_the_resolution_waits_for_the_model(tmp_path: Path) -> None:
     assert known.data.resolution == 96
 
 
+def test_settings_of_the_pictures_are_passed_on_and_read_back_equal(tmp_path: Path) -> None:
+    usual = {"center_crop": False, "random_flip": False, "bucket_unit": None, "mask": False}
+    assert parse_config(NEEDED).picture_values(16) == {**usual, "background": (255, 255, 255)}
+    flags = ["--aspect_buckets", "--alpha", "mask", "--background_color", "#0AbcFF"]
+    config = parse_config([*NEEDED, *flags])
+    assert config.picture_values(16) == {
+        **usual,
+        "bucket_unit": 16,
+        "mask": True,
+        "background": (10, 188, 255),
+    }
+    assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
+    assert yaml.safe_load(to_yaml(config))["background_color"] == "#0AbcFF"
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "loraplus", "scaledgd", "muon"])
 def test_without_an_init_factor_wise_optimizers_train_the_usual_lora(optimizer: str) -> None:
     config = parse_config([*NEEDED, "--optimizer", optimizer])

@@ -35,11 +35,12 @@ class LatentCache:
             if own is None:
                 self.uncounted.append(path.name)
             views += own or ()
-        for start in range(0, len(views), _ENCODE_BATCH):
-            chunk = views[start : start + _ENCODE_BATCH]
-            posterior = self._encode(chunk)
-            for row, view in enumerate(chunk):
-                self._stored[view] = Posterior(posterior.mean[row].cpu(), posterior.std[row].cpu())
+        groups: dict[tuple[int, int], list[View]] = {}
+        for view in views:
+            groups.setdefault(pictures.size_of(view.picture), []).append(view)
+        for group in groups.values():
+            for start in range(0, len(group), _ENCODE_BATCH):
+                self._store(group[start : start + _ENCODE_BATCH])
 
     def posterior(self, view: View) -> Posterior:
         """Mean and standard deviation for one view, (channels, height, width), on the CPU."""
@@ -48,8 +49,14 @@ class LatentCache:
         mean, std = self._encode([view])
         return Posterior(mean[0].cpu(), std[0].cpu())
 
+    def _store(self, views: Sequence[View]) -> None:
+        """Encode and keep views of one size."""
+        posterior = self._encode(views)
+        for row, view in enumerate(views):
+            self._stored[view] = Posterior(posterior.mean[row].cpu(), posterior.std[row].cpu())
+
     def _encode(self, views: Sequence[View]) -> Posterior:
-        """Posterior of a stack of views."""
+        """Posterior of a stack of views of one size."""
         return encode_posterior(
             self._vae, torch.stack([self._pictures.pixels(view) for view in views])
         )

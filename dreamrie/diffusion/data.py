@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from dreamrie.diffusion.buckets import BUCKET_ASPECT
 from dreamrie.diffusion.captions import read_captions
-from dreamrie.diffusion.images import find_pictures, fit_shorter_side, map_images
+from dreamrie.diffusion.framing import Framing, Taken, take_picture
+from dreamrie.diffusion.images import BACKGROUND, find_pictures
 from dreamrie.diffusion.streams import stream_generator
-from dreamrie.errors import ConfigError
+from dreamrie.errors import ConfigError, ImageError
 
 _log = logging.getLogger(__name__)
 
 
 class View(NamedTuple):
-    """One square of one picture.
+    """One part of one picture: a square, or in a bucket of its own aspect the whole.
 
     Attributes:
         picture: number of the picture.
-        top: first row of the square, in pixels.
-        left: first column of the square.
+        top: first row of the part, in pixels.
+        left: first column of the part.
         flipped: mirrored left to right.
     """
 
@@ -37,7 +38,7 @@ class View(NamedTuple):
 
 
 class PictureSet:
-    """Decoded pictures with their prompts, held as 8-bit tensors whose shorter side is the resolution.
+    """Decoded pictures with their prompts, held as 8-bit tensors of the size from which training cuts its views.
 
     Args:
         paths: picture files; every one is decoded here, so that no bad file is met in mid-run.
@@ -46,11 +47,16 @@ class PictureSet:
         center_crop: take the middle square instead of a random one.
         random_flip: mirror half of the views.
         captions: what each of them shows; None: the prompt says it for all.
+        bucket_unit: keep the aspect of each picture, with sides that are multiples of this and an area of about
+            `resolution` squared; None: squares.
+        background: 8-bit RGB color behind transparent pictures.
+        mask: let transparent parts count nothing in the loss.
 
     Attributes:
         prompt: as given.
         prompts: for each picture its caption, or the prompt.
         paths: as given.
+        transparent: names of the pictures that are transparent somewhere.
     """
 
     def __init__(
@@ -62,25 +68,33 @@ class PictureSet:
         center_crop: bool = False,
         random_flip: bool = False,
         captions: Sequence[str] | None = None,
+        bucket_unit: int | None = None,
+        background: tuple[int, int, int] = BACKGROUND,
+        mask: bool = False,
     ) -> None:
         self.paths = list(paths)
         self.prompt = prompt
         self.prompts = [prompt] * len(self.paths) if captions is None else list(captions)
-        self._resolution = resolution
-        self._center_crop = center_crop
         self._random_flip = random_flip
-        taken = map_images(self.paths, self._take)
-        self._pictures = [picture for picture, _ in taken]
-        small = [
-            p.name for p, (_, side) in zip(self.paths, taken, strict=True) if side < resolution
-        ]
-        if small:
+        framing = Framing(resolution, center_crop, bucket_unit, background, mask)
+        self._taken = self._take_all(framing)
+        self.transparent = self._names([taken.is_transparent for taken in self._taken])
+        size = f"{resolution} px" if bucket_unit is None else "their training size"
+        if small := self._names([taken.is_enlarged for taken in self._taken]):
             _log.warning(
-                "%d of %d pictures are smaller than %d px and were enlarged: %s",
+                "%d of %d pictures are smaller than %s and were enlarged: %s",
                 len(small),
-                len(taken),
-                resolution,
+                len(self),
+                size,
                 ", ".join(small),
+            )
+        if narrow := self._names([taken.is_cut for taken in self._taken]):
+            _log.warning(
+                "%d of %d pictures are narrower than 1 to %d, so their ends are cut off: %s",
+                len(narrow),
+                len(self),
+                BUCKET_ASPECT,
+                ", ".join(narrow),
             )
 
     def __len__(self) -> int:
@@ -88,10 +102,11 @@ class PictureSet:
 
     def views_of(self, index: int) -> list[View] | None:
         """Every view of one picture that can be drawn, or None when random crops are too many to keep."""
-        if not self._center_crop and self._slack(index) != (0, 0):
+        tops, lefts = self._taken[index].starts
+        if len(tops) > 1 or len(lefts) > 1:
             return None
         flips = (False, True) if self._random_flip else (False,)
-        return [View(index, *self._center(index), flip) for flip in flips]
+        return [View(index, tops[0], lefts[0], flip) for flip in flips]
 
     def views(self) -> list[View] | None:
         """Every view of every picture, or None when those of one cannot be counted."""
@@ -123,10 +138,10 @@ class PictureSet:
         index = int(order[place])
         draw = torch.rand(3, generator=stream_generator(seed, f"{stream}/view", position)).tolist()
         flipped = self._random_flip and draw[0] < 0.5
-        if self._center_crop:
-            return View(index, *self._center(index), flipped)
-        slack = self._slack(index)
-        top, left = (int(share * (room + 1)) for share, room in zip(draw[1:], slack, strict=True))
+        starts = self._taken[index].starts
+        top, left = (
+            row[int(share * len(row))] for share, row in zip(draw[1:], starts, strict=True)
+        )
         return View(index, top, left, flipped)
 
     def pixels(self, view: View) -> Tensor:
@@ -136,29 +151,55 @@ class PictureSet:
             view: from `view_at` or `views`.
 
         Returns:
-            (3, resolution, resolution), fp32 in [-1, 1].
+            (3, height, width), fp32 in [-1, 1]; both sides are the resolution, or those of the picture's bucket.
         """
-        rows = slice(view.top, view.top + self._resolution)
-        columns = slice(view.left, view.left + self._resolution)
-        square = self._pictures[view.picture][:, rows, columns]
-        if view.flipped:
-            square = square.flip(-1)
-        return square.to(torch.float32) / 127.5 - 1.0
+        return self._cut(self._taken[view.picture].pixels, view).to(torch.float32) / 127.5 - 1.0
 
-    def _take(self, image: Image.Image) -> tuple[Tensor, int]:
-        """What is kept of a decoded picture: (3, height, width), resized, and the shorter side it had."""
-        array = np.array(fit_shorter_side(image, self._resolution))
-        return torch.from_numpy(array).permute(2, 0, 1).contiguous(), min(image.size)
+    def alpha(self, view: View) -> Tensor | None:
+        """Cut a view out of the alpha of its picture, if that is to weigh the loss.
 
-    def _slack(self, index: int) -> tuple[int, int]:
-        """Rows and columns beyond the square."""
-        height, width = self._pictures[index].shape[1:]
-        return height - self._resolution, width - self._resolution
+        Args:
+            view: from `view_at` or `views`.
 
-    def _center(self, index: int) -> tuple[int, int]:
-        """Top and left of the middle square."""
-        rows, columns = self._slack(index)
-        return rows // 2, columns // 2
+        Returns:
+            (1, height, width), fp32 in [0, 1], not zero everywhere; None: all of it counts.
+        """
+        mask = self._taken[view.picture].mask
+        return None if mask is None else self._cut(mask, view).to(torch.float32) / 255.0
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width of the views of one picture, in pixels."""
+        return self._taken[index].size
+
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """How many pictures are used at each (height, width), the most frequent first."""
+        return dict(Counter(taken.size for taken in self._taken).most_common())
+
+    def _cut(self, tensor: Tensor, view: View) -> Tensor:
+        """The part of (channels, height, width) that a view shows, mirrored if it is."""
+        height, width = self.size_of(view.picture)
+        part = tensor[:, view.top : view.top + height, view.left : view.left + width]
+        return part.flip(-1) if view.flipped else part
+
+    def _take_all(self, framing: Framing) -> list[Taken]:
+        """Decode all pictures one after the other, and name all bad ones together."""
+        found: list[Taken] = []
+        failures: list[str] = []
+        for path in self.paths:
+            try:
+                found.append(take_picture(path, framing))
+            except ImageError as error:
+                failures.append(str(error))
+        if failures:
+            listed = "\n  ".join(failures)
+            raise ImageError(
+                f"{len(failures)} of {len(self)} files cannot be used:\n  {listed}\nRemove or replace them."
+            )
+        return found
+
+    def _names(self, which: Sequence[bool]) -> list[str]:
+        """Names of some of the pictures."""
+        return [path.name for path, chosen in zip(self.paths, which, strict=True) if chosen]
 
 
 class ConceptSet:
@@ -172,8 +213,12 @@ class ConceptSet:
         resolution: side of the training squares in pixels; a multiple of 8.
         center_crop: take the middle square of a picture that is not square.
         random_flip: mirror half of the pictures.
-        class_images: picture files of the class; none: no prior preservation.
+        class_images: picture files of the class, or what makes them, which is asked when the concept's pictures have
+            been found to be good; none: no prior preservation.
         class_prompt: names the class.
+        bucket_unit: keep the aspect of each picture (see `PictureSet`); None: squares.
+        background: 8-bit RGB color behind transparent pictures.
+        mask: let transparent parts of the concept's pictures count nothing; those of the class count whole.
 
     Attributes:
         instance: the concept.
@@ -189,8 +234,11 @@ class ConceptSet:
         resolution: int,
         center_crop: bool = False,
         random_flip: bool = False,
-        class_images: Sequence[Path] = (),
+        class_images: Sequence[Path] | Callable[[], Sequence[Path]] = (),
         class_prompt: str | None = None,
+        bucket_unit: int | None = None,
+        background: tuple[int, int, int] = BACKGROUND,
+        mask: bool = False,
     ) -> None:
         if resolution < 8 or resolution % 8:
             raise ConfigError(
@@ -200,8 +248,6 @@ class ConceptSet:
             raise ConfigError(
                 '--instance_prompt is empty. Name the concept: "a photo of a sks dog".'
             )
-        if class_images and not (class_prompt or "").strip():
-            raise ConfigError('--class_prompt is empty. Name the class: "a photo of a dog".')
         self.resolution = resolution
         paths = find_pictures(instance_dir)
         captions = read_captions(instance_dir, paths, prompt)
@@ -212,15 +258,22 @@ class ConceptSet:
             center_crop=center_crop,
             random_flip=random_flip,
             captions=captions,
+            bucket_unit=bucket_unit,
+            background=background,
+            mask=mask,
         )
         self.prior: PictureSet | None = None
-        if class_images:
+        if files := class_images() if callable(class_images) else class_images:
+            if not (class_prompt or "").strip():
+                raise ConfigError('--class_prompt is empty. Name the class: "a photo of a dog".')
             self.prior = PictureSet(
-                class_images,
+                files,
                 class_prompt or "",
                 resolution=resolution,
                 center_crop=center_crop,
                 random_flip=random_flip,
+                bucket_unit=bucket_unit,
+                background=background,
             )
         _log.info(
             "%d pictures of the concept, %s, %d of its class",

@@ -1,4 +1,4 @@
-"""Decode one picture to 8-bit RGB, or say why not. The only place that decodes pictures.
+"""Decode one picture to 8-bit RGB, or say why not. The only place that opens pictures.
 
 Source: the behaviour of Pillow's usual `open`, `exif_transpose`, `convert("RGB")` that must not reach training:
 turned photos, hidden colors behind alpha, 16-bit pictures clipped to white, a broken file found in mid-run.
@@ -7,60 +7,65 @@ turned photos, hidden colors behind alpha, 16-bit pictures clipped to white, a b
 from __future__ import annotations
 
 import io
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from dreamrie.diffusion import decode
+from dreamrie.diffusion.decode import LIMIT_ASPECT, LIMIT_PIXELS, Layers
 from dreamrie.errors import ImageError
 from dreamrie.files import write_atomic
 
+__all__ = [
+    "BACKGROUND",
+    "LIMIT_ASPECT",
+    "LIMIT_PIXELS",
+    "METADATA",
+    "Entries",
+    "Layers",
+    "check_images",
+    "contact_sheet",
+    "find_pictures",
+    "fit_shorter_side",
+    "list_images",
+    "load_image",
+    "load_image_and_alpha",
+    "load_layers",
+    "map_images",
+    "save_png",
+    "sort_entries",
+]
+
 T = TypeVar("T")
 
-# A phone photo has at most 50 megapixels in practice; far beyond that a file is an accident or an attack.
-LIMIT_PIXELS = 80_000_000
-# A strip cannot be cropped to a square that shows anything, and resizing its short side would explode the long one.
-LIMIT_ASPECT = 10
 BACKGROUND = (255, 255, 255)
-
-# MPO, a photo with a second picture behind it, opens as JPEG.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-# Bytes 8 to 12 of a HEIC, HEIF or AVIF file, after "ftyp".
-_HEIF_BRANDS = (b"hei", b"hev", b"mif1", b"msf1", b"avi")
 # Captions of a folder; the names that are typed instead of it by mistake.
 METADATA = "metadata.jsonl"
 _MISNAMED = frozenset({"metadata.json", "metadata.txt", "metadata.jsonl.txt", "metadata.csv"})
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
-_SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
-# 32-bit integers and floats state no range, so there is no right way to 8 bits.
-_NO_RANGE = frozenset({"I", "F"})
-_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 
-# What Pillow's decoders raise on damaged files, found by cutting and flipping bytes.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    ZeroDivisionError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+
+class Entries(NamedTuple):
+    """What lies in a folder, each list sorted by name.
+
+    Attributes:
+        pictures: files that are meant as pictures.
+        captions: metadata.jsonl, and text files beside pictures.
+        ignored: hidden files, folders, and what operating systems leave behind.
+        misnamed: files of captions that would not be read.
+    """
+
+    pictures: list[Path]
+    captions: list[Path]
+    ignored: list[Path]
+    misnamed: list[Path]
 
 
 def load_image(path: Path) -> Image.Image:
-    """Decode a picture completely: EXIF rotation applied, alpha composited on white, 16 bits rescaled to 8.
+    """Decode a picture completely: upright, in sRGB, 16 bits rescaled to 8, alpha composited on white.
 
     Args:
         path: PNG, JPEG, WebP, BMP, TIFF, GIF or PPM with one frame, recognised by content, not by suffix.
@@ -69,21 +74,61 @@ def load_image(path: Path) -> Image.Image:
         The picture in mode RGB, turned upright.
 
     Raises:
-        ImageError: the file is missing, not a picture, damaged, animated, too large, too narrow or of a mode
-            without a stated range.
+        ImageError: the file is missing, not a picture, damaged, animated, too large, too narrow, or of a mode
+            without a stated range of values.
+    """
+    return load_image_and_alpha(path)[0]
+
+
+def load_image_and_alpha(
+    path: Path, background: tuple[int, int, int] = BACKGROUND
+) -> tuple[Image.Image, Image.Image | None]:
+    """Decode a picture completely, as `load_image` does, and keep its transparency.
+
+    Args:
+        path: as for `load_image`.
+        background: 8-bit RGB color that shows where the picture is transparent.
+
+    Returns:
+        The picture in mode RGB, turned upright, and its alpha of the same size in mode L (255 is opaque); None when
+        the file has no transparency.
+
+    Raises:
+        ImageError: as for `load_image`.
+    """
+    layers = load_layers(path)
+    return layers.on(background), layers.alpha
+
+
+def load_layers(path: Path) -> Layers:
+    """Decode a picture completely and keep the color that transparency hides.
+
+    Args:
+        path: as for `load_image`.
+
+    Returns:
+        Color, alpha and kind of file.
+
+    Raises:
+        ImageError: as for `load_image`.
     """
     try:
         with warnings.catch_warnings():
             # Pillow warns at a size that is judged here by LIMIT_PIXELS.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                _check_header(path, image)
+            with Image.open(path, formats=decode.FORMATS) as image:
+                decode.check_header(path, image)
+                header = decode.read_header(image)
                 image.load()
-                upright = ImageOps.exif_transpose(image)
-                return _to_rgb(path, upright)
+                return decode.to_layers(path, decode.turn_upright(path, image), header)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not a picture ({_what_it_is(path)}).") from error
-    except _DECODE_ERRORS as error:
+        raise ImageError(f"{path}: not a picture ({decode.what_it_is(path)}).") from error
+    except Image.DecompressionBombError as error:
+        limit = f"{LIMIT_PIXELS / 1e6:.0f} million"
+        raise ImageError(f"{path}: its pixels are more than {limit}. Scale it down.") from error
+    except decode.DECODE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(f"{path}: cannot be read ({error.strerror}).") from error
         raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
@@ -99,27 +144,45 @@ def list_images(directory: Path) -> list[Path]:
     Raises:
         ImageError: the folder does not exist, is a file, or cannot be read, or a file of captions has another name.
     """
+    entries = sort_entries(directory)
+    if entries.misnamed:
+        name = entries.misnamed[0].name
+        raise ImageError(f"{directory}: {name} would not be read as captions. Name it {METADATA}.")
+    return entries.pictures
+
+
+def sort_entries(directory: Path) -> Entries:
+    """Tell pictures, captions and what is neither apart, by their names.
+
+    Args:
+        directory: folder.
+
+    Returns:
+        Every entry of the folder in one of four lists.
+
+    Raises:
+        ImageError: the folder does not exist, is a file, or cannot be read.
+    """
     if not directory.is_dir():
         kind = "is a file, not a folder" if directory.exists() else "does not exist"
         raise ImageError(f"{directory} {kind}. Give a folder with pictures.")
     try:
-        entries = sorted(directory.iterdir(), key=lambda entry: entry.name)
+        everything = sorted(directory.iterdir(), key=lambda entry: entry.name)
     except OSError as error:
         raise ImageError(f"{directory} cannot be read ({error}).") from error
-    kept = [entry for entry in entries if not _is_ignored(entry)]
-    wrong = [
-        e.name for e in kept if e.name.lower() in _MISNAMED or e.name.lower() == METADATA != e.name
-    ]
-    if wrong:
-        raise ImageError(
-            f"{directory}: {wrong[0]} would not be read as captions. Name it {METADATA}."
-        )
-    stems = {entry.stem for entry in kept if entry.suffix.lower() != ".txt"}
-    return [
-        entry
-        for entry in kept
-        if entry.name != METADATA and not (entry.suffix.lower() == ".txt" and entry.stem in stems)
-    ]
+    found = Entries([], [], [], [])
+    stems = {e.stem for e in everything if not _is_ignored(e) and e.suffix.lower() != ".txt"}
+    for entry in everything:
+        name = entry.name.lower()
+        if _is_ignored(entry):
+            found.ignored.append(entry)
+        elif name in _MISNAMED or name == METADATA != entry.name:
+            found.misnamed.append(entry)
+        elif name == METADATA or (entry.suffix.lower() == ".txt" and entry.stem in stems):
+            found.captions.append(entry)
+        else:
+            found.pictures.append(entry)
+    return found
 
 
 def map_images(paths: Sequence[Path], use: Callable[[Image.Image], T]) -> list[T]:
@@ -204,55 +267,6 @@ def fit_shorter_side(image: Image.Image, size_px: int) -> Image.Image:
 def _is_ignored(entry: Path) -> bool:
     """Hidden files, folders and what operating systems leave behind."""
     return entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES or entry.is_dir()
-
-
-def _check_header(path: Path, image: Image.Image) -> None:
-    """Refuse by size, aspect, frames and mode before anything is decoded."""
-    width, height = image.size
-    if width * height > LIMIT_PIXELS:
-        raise ImageError(
-            f"{path}: {width} x {height} pixels are more than {LIMIT_PIXELS / 1e6:.0f} million. Scale it down."
-        )
-    if max(width, height) > LIMIT_ASPECT * min(width, height):
-        raise ImageError(
-            f"{path}: {width} x {height} pixels are narrower than 1 to {LIMIT_ASPECT}. Crop it."
-        )
-    # The second picture of an MPO is a depth map or a thumbnail.
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{path}: an animation or multi-page file. Save the frame you mean.")
-    if image.mode in _NO_RANGE:
-        raise ImageError(
-            f"{path}: mode {image.mode} (32 bits a pixel) states no range of values. Save it with 8 or 16 bits."
-        )
-
-
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
-    """Any decoded mode to 8-bit RGB."""
-    if image.mode in _SIXTEEN_BIT:
-        values = np.asarray(image).astype(np.uint32)
-        # 65535 = 257 * 255, so white stays white; 128 rounds to the nearest.
-        eight_bit = ((values + 128) // 257).astype(np.uint8)
-        return Image.fromarray(eight_bit).convert("RGB")
-    if image.mode in _ALPHA or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(canvas, layer).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ImageError(f"{path}: mode {image.mode} has no conversion to RGB.") from error
-
-
-def _what_it_is(path: Path) -> str:
-    """A hint for the message about a file that no decoder takes."""
-    size = path.stat().st_size
-    if size == 0:
-        return "the file is empty"
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:].startswith(_HEIF_BRANDS):
-        return "a HEIC or AVIF photo, as phones take them: convert it to PNG or JPEG"
-    return f"{size} bytes, none of {', '.join(_FORMATS)}"
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -10,7 +10,7 @@ from dreamrie.diffusion.pipeline import Components, check_prompt
 from dreamrie.diffusion.prior import ensure_class_images, own_class_images
 from dreamrie.diffusion.task import DreamBoothTask, check_resolution
 from dreamrie.optimizers import describe_optimizer, trained_numbers
-from dreamrie.runlog import folder_for_older_run
+from dreamrie.run_folder import folder_for_older_run
 
 
 def check_request(components: Components, config: TrainConfig) -> int:
@@ -127,7 +127,8 @@ def explain(config: TrainConfig, task: DreamBoothTask) -> str:
         f"base model: {components.source.resolved}, {components.prediction_type}",
         f"adapters: {len(task.pairs)} layers, {numbers:,} trainable parameters",
         f"optimizer: {describe_optimizer(name, task.pairs)}",
-        f"pictures: {pictures}, all readable, used at {task.concept.resolution} px",
+        f"pictures: {pictures}, all readable, used at {_explain_sizes(config, task)}",
+        f"transparency: {_explain_alpha(config, task)}",
         *[
             f"caption: {text}"
             for text in task.concept.instance.prompts
@@ -138,9 +139,28 @@ def explain(config: TrainConfig, task: DreamBoothTask) -> str:
         f"length: {steps} steps of {samples} pictures = {steps * samples / pictures:.1f} epochs",
     ]
     older = folder_for_older_run(folder)
-    if older is not None:
+    if config.run.resume_from_checkpoint:
+        lines.append(f"goes on from {config.run.resume_from_checkpoint} in {folder}")
+    elif older is not None:
         lines.append(f"{folder} holds an older run, which would be moved to {older}")
     return to_yaml(config) + "\n" + "\n".join(f"# {line}" for line in lines)
+
+
+def _explain_sizes(config: TrainConfig, task: DreamBoothTask) -> str:
+    """The sizes of the concept's pictures in words."""
+    if not config.data.aspect_buckets:
+        return f"{task.concept.resolution} px"
+    sizes = task.concept.instance.sizes().items()
+    return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in sizes)
+
+
+def _explain_alpha(config: TrainConfig, task: DreamBoothTask) -> str:
+    """What becomes of transparent parts, in words."""
+    own, data = task.concept.instance, config.data
+    if not own.transparent:
+        return "none"
+    counted = "learned as" if data.alpha == "background" else "not counted in the loss, shown as"
+    return f"{len(own.transparent)} of {len(own)} pictures, {counted} {data.background_color}"
 
 
 def _explain_scores(config: TrainConfig) -> str:

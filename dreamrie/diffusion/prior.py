@@ -7,12 +7,16 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
+from dreamrie.config.train_config import usual_guidance
 from dreamrie.diffusion.images import list_images, load_image, map_images, save_png
 from dreamrie.diffusion.pipeline import Components, check_prompt, sample
+from dreamrie.diffusion.source import EMBEDDED
 from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import ConfigError, ImageError
+from dreamrie.lora.fingerprint import base_fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -28,13 +32,13 @@ def ensure_class_images(
     seed: int = 0,
     batch_size: int = 4,
     steps: int = 30,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
 ) -> list[Path]:
     """Make sure that `count` pictures of the class exist.
 
     Pictures that lie directly in `directory` are the user's own and are used first, whatever the prompt. Made
-    pictures live in a subfolder whose name depends on everything that shapes them (prompt, model, sampler, seed), so
-    that another prompt never gets them. Each has its own seed: a lost one comes back the same.
+    pictures live in a subfolder whose name depends on everything that shapes them (prompt, weights, sampler, seed), so
+    that another prompt or model never gets them. Each has its own seed: a lost one comes back the same.
 
     Args:
         components: the base model; adapters that it carries must change nothing.
@@ -44,7 +48,7 @@ def ensure_class_images(
         seed: of the run.
         batch_size: pictures made at a time.
         steps: denoising steps.
-        guidance_scale: weight of classifier-free guidance.
+        guidance_scale: weight of classifier-free guidance; default as for samples of this model.
 
     Returns:
         Exactly `count` paths: own pictures in the order of their names, then made ones.
@@ -54,10 +58,14 @@ def ensure_class_images(
     """
     check_prompt(components.tokenizer, prompt, "--class_prompt")
     own = own_class_images(directory)[:count]
+    if len(own) == count:
+        return own
+    if guidance_scale is None:
+        guidance_scale = usual_guidance(components.source.resolved == EMBEDDED)
     settings = {
         "prompt": prompt,
         "model": components.source.resolved,
-        "commit": components.source.commit,
+        **model_key(components),
         "resolution": components.resolution,
         "sampler": "ddim",
         "steps": steps,
@@ -77,8 +85,10 @@ def ensure_class_images(
                 f"--class_data_dir {directory} cannot be written: {error}."
             ) from error
         _log.info("making %d of %d class pictures in %s", len(missing), count, folder)
-    for start in range(0, len(missing), batch_size):
-        chunk = missing[start : start + batch_size]
+    # A picture keeps its neighbours when others of its folder are there already: sums that run in the same order
+    # give the same bytes.
+    for _, group in groupby(missing, lambda index: index // batch_size):
+        chunk = list(group)
         pictures = sample(
             components,
             [prompt] * len(chunk),
@@ -90,6 +100,30 @@ def ensure_class_images(
         for index, picture in zip(chunk, pictures, strict=True):
             save_png(picture, wanted[index])
     return [*own, *wanted]
+
+
+def model_key(components: Components) -> dict[str, object]:
+    """What tells one base model from another that came from the same place.
+
+    Args:
+        components: the model, with or without adapters.
+
+    Returns:
+        The commit for a model of the Hub, with a digest of its first layer, which differs between variants of one
+        commit; for a folder, which may change under its name, a digest of all weights (seconds for a large model).
+        Both with the noise schedule and the size of a latent.
+    """
+    parts = (components.unet, components.text_encoder, components.vae)
+    commit = components.source.commit
+    hashed = parts if commit is None else (components.unet.conv_in,)
+    config = components.scheduler_config.items()
+    schedule = {name: value for name, value in config if not name.startswith("_")}
+    return {
+        "commit": commit,
+        "weights": [base_fingerprint(part) for part in hashed],
+        "schedule": hashlib.sha256(json.dumps(schedule, sort_keys=True).encode()).hexdigest(),
+        "scaling_factor": float(components.vae.config.scaling_factor),
+    }
 
 
 def own_class_images(directory: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dreamrie.adapter_file import save_diffusers_lora
+from dreamrie.diffusion.batch import Batch, latent_mask, picture_errors
 from dreamrie.diffusion.cache import LatentCache
 from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.images import contact_sheet, save_png
@@ -29,32 +29,12 @@ from dreamrie.lora import LoraPair
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch with everything random already drawn, so that its loss is a fixed function.
-
-    Attributes:
-        latents: clean latents x0, (batch, channels, height, width), fp32.
-        noise: standard normal, same shape.
-        timesteps: (batch,), integers below the number of training timesteps.
-        text: embeddings of the prompts, (batch, tokens, width).
-        weights: (batch,), what each picture counts in the loss.
-        names: what each row shows, for messages.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    text: Tensor
-    weights: Tensor
-    names: tuple[str, ...]
-
-
 class DreamBoothTask:
     """Fine-tune a U-Net on the pictures of a concept; implements `dreamrie.trainer.Task`.
 
     Loss of a micro-batch: mean over the concept's pictures plus `prior_loss_weight` times the mean over the class
-    pictures, each the mean squared error of the U-Net against epsilon or v, as its scheduler says.
+    pictures, each the mean squared error of the U-Net against epsilon or v, as its scheduler says, over the whole
+    picture or over what its mask shows.
 
     Everything random about a picture is drawn from (seed, stream, position), where position counts pictures since the
     start. Four micro-batches of one picture are therefore the same as one micro-batch of four, and class pictures
@@ -149,17 +129,18 @@ class DreamBoothTask:
             for kind in range(len(self._caches))
             for place in range(self._batch_size)
         ]
-        latents, noise, timesteps, kinds, prompts, names = zip(*rows, strict=True)
+        latents, noise, timesteps, kinds, prompts, names, masks = zip(*rows, strict=True)
         # An instance row counts 1 / batch, a class row w / batch: mean + w * mean.
         share = torch.tensor([1.0, self._prior_loss_weight]) / self._batch_size
         device = self.components.device
         return Batch(
-            latents=torch.stack(latents).to(device),
-            noise=torch.stack(noise).to(device),
+            latents=tuple(row.to(device) for row in latents),
+            noise=tuple(row.to(device) for row in noise),
             timesteps=torch.tensor(timesteps, device=device),
             text=self._text[list(prompts)].to(device),
             weights=share[list(kinds)].to(device),
             names=names,
+            masks=tuple(None if mask is None else mask.to(device) for mask in masks),
         )
 
     def loi_batches(self, count: int) -> Iterator[Batch]:
@@ -195,16 +176,9 @@ class DreamBoothTask:
         Returns:
             Scalar, fp32 (fp64 for an fp64 model), differentiable.
         """
-        dtype = self.components.dtype
-        scheduler = self.components.noise_scheduler
-        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        target = denoising_target(self.components, batch.latents, batch.noise, batch.timesteps)
-        output = model(
-            noisy.to(dtype), batch.timesteps, encoder_hidden_states=batch.text.to(dtype)
-        ).sample
-        # Half-precision squares underflow, so the error is taken in fp32.
-        error = output.to(torch.promote_types(output.dtype, torch.float32)) - target
-        return (error.square().flatten(1).mean(1) * batch.weights).sum()
+        # Pictures of one size share a forward pass; the weights make the mean the same however they are grouped.
+        parts = [self._group_loss(model, batch, rows) for rows in batch.rows_by_shape()]
+        return torch.stack(parts).sum()
 
     def describe(self, batch: Batch) -> str:
         """Name the files and timesteps of a batch, for a message about its loss."""
@@ -258,12 +232,27 @@ class DreamBoothTask:
             "instance_prompt": self.concept.instance.prompt,
             "resolution": str(self.concept.resolution),
         }
-        save_diffusers_lora(directory, self.pairs, {**own, **metadata})
+        save_diffusers_lora(directory, self.pairs, {**own, **metadata}, base=self.model)
+
+    def _group_loss(self, model: Any, batch: Batch, rows: list[int]) -> Tensor:
+        """What the rows of one size add to the loss of a micro-batch."""
+        dtype, timesteps = self.components.dtype, batch.timesteps[rows]
+        latents = torch.stack([batch.latents[row] for row in rows])
+        noise = torch.stack([batch.noise[row] for row in rows])
+        noisy = self.components.noise_scheduler.add_noise(latents, noise, timesteps)
+        target = denoising_target(self.components, latents, noise, timesteps)
+        output = model(
+            noisy.to(dtype), timesteps, encoder_hidden_states=batch.text[rows].to(dtype)
+        ).sample
+        # Half-precision squares underflow, so the error is taken in fp32.
+        error = output.to(torch.promote_types(output.dtype, torch.float32)) - target
+        errors = picture_errors(error.square(), [batch.masks[row] for row in rows])
+        return (errors * batch.weights[rows]).sum()
 
     def _row(
         self, stream: str, kind: int, position: int
-    ) -> tuple[Tensor, Tensor, int, int, int, str]:
-        """One picture: latents, noise, timestep, kind (0 concept, 1 class), number of its prompt, name."""
+    ) -> tuple[Tensor, Tensor, int, int, int, str, Tensor | None]:
+        """One picture: latents, noise, timestep, kind (0 concept, 1 class), number of its prompt, name, mask."""
         pictures = self.concept.sets[kind]
         label = f"{stream}/{'concept' if kind == 0 else 'class'}"
         view = pictures.view_at(self._seed, label, position)
@@ -274,7 +263,8 @@ class DreamBoothTask:
         noise = torch.randn(posterior.mean.shape, generator=generator)
         latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
         prompt = self._prompts.index(pictures.prompts[view.picture])
-        return latents, noise, timestep, kind, prompt, pictures.paths[view.picture].name
+        mask = latent_mask(pictures.alpha(view), self.components.scale_factor)
+        return latents, noise, timestep, kind, prompt, pictures.paths[view.picture].name, mask
 
     def _free_encoders(self) -> None:
         """Move what training no longer needs off the accelerator; sampling brings it back for a moment."""
@@ -285,7 +275,7 @@ class DreamBoothTask:
             return
         _log.info(
             "random crops of pictures that are not square (%d, such as %s) cannot be cached, so the VAE stays and "
-            "encodes them at every step: --center_crop would free it",
+            "encodes them at every step: --center_crop or --aspect_buckets would free it",
             len(uncounted),
             uncounted[0],
         )
@@ -313,6 +303,11 @@ def denoising_target(
     return noise
 
 
+def picture_unit(components: Components) -> int:
+    """Pixels that the sides of a training picture must be multiples of, so that the U-Net can halve its latents."""
+    return int(components.scale_factor * 2 ** (len(components.unet.config.block_out_channels) - 1))
+
+
 def check_resolution(components: Components, resolution: int) -> None:
     """Refuse a side that the U-Net cannot halve as often as it does; it would fail deep inside.
 
@@ -323,7 +318,7 @@ def check_resolution(components: Components, resolution: int) -> None:
     Raises:
         ConfigError: it does not divide.
     """
-    unit = components.scale_factor * 2 ** (len(components.unet.config.block_out_channels) - 1)
+    unit = picture_unit(components)
     if resolution % unit:
         raise ConfigError(
             f"--resolution {resolution} is not a multiple of {unit}, which this model needs. "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreamrie.config import TrainConfig
-from dreamrie.diffusion.images import list_images, load_image
+from dreamrie.diffusion.images import list_images, load_image_and_alpha
 from dreamrie.diffusion.pipeline import Components, check_prompt
 from dreamrie.diffusion.source import EMBEDDED
 from dreamrie.errors import ConfigError
@@ -34,7 +34,9 @@ def make_scorer(config: TrainConfig, components: Components, folder: Path) -> Co
         ConfigError: an encoder cannot be had, prompts cannot be read, or there is one picture only.
     """
     scores = config.scores
-    pictures = tuple(load_image(path) for path in list_images(config.data.instance_data_dir))
+    # As the training sees them: what is transparent lies on the same color.
+    paths, background = list_images(config.data.instance_data_dir), config.data.background_rgb
+    pictures = tuple(load_image_and_alpha(path, background)[0] for path in paths)
     if len(pictures) < 2:
         raise ConfigError(
             f"scores need at least two pictures of the concept, because they are judged by how similar the pictures "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dreamrie.diffusion import images
+from dreamrie.diffusion import framing, images
 from dreamrie.diffusion.data import ConceptSet, PictureSet, View
 from dreamrie.errors import ConfigError, ImageError
 from tests.small_models import write_pictures
@@ -117,16 +118,16 @@ def test_each_picture_is_decoded_once_and_not_kept_whole(
     others = write_pictures(tmp_path / "class", 3, 96)
     decoded: list[Path] = []
     seen: list[weakref.ref[Image.Image]] = []
-    decode = images.load_image
+    decode = images.load_image_and_alpha
 
-    def counted(path: Path) -> Image.Image:
+    def counted(path: Path, background: tuple[int, int, int]) -> Any:
         assert all(one() is None for one in seen)
         decoded.append(path)
-        picture = decode(path)
+        picture, alpha = decode(path, background)
         seen.append(weakref.ref(picture))
-        return picture
+        return picture, alpha
 
-    monkeypatch.setattr(images, "load_image", counted)
+    monkeypatch.setattr(framing, "load_image_and_alpha", counted)
     concept = ConceptSet(
         tmp_path / "concept", "x", resolution=16, class_images=others, class_prompt="y"
     )
@@ -134,7 +135,7 @@ def test_each_picture_is_decoded_once_and_not_kept_whole(
     assert all(one() is None for one in seen)
     kept = [concept.instance.pixels(View(index, 0, 0, False)) for index in range(4)]
     for path, pixels in zip(paths, kept, strict=True):
-        small = np.asarray(images.fit_shorter_side(decode(path), 16), dtype=np.float32)
+        small = np.asarray(images.fit_shorter_side(decode(path)[0], 16), dtype=np.float32)
         assert np.allclose(pixels.permute(1, 2, 0).numpy(), small / 127.5 - 1, atol=1e-6)
 
 

@@ -208,7 +208,7 @@ def test_animation_float_and_missing_file_are_refused(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 100, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "b.tiff", save_all=True, append_images=frames[1:])
-    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "c.tiff")
+    Image.fromarray(np.full((4, 4), 2, dtype=np.float32)).save(tmp_path / "c.tiff")
     for name, reason in (("a.gif", "animation"), ("b.tiff", "multi-page"), ("c.tiff", "range")):
         with pytest.raises(ImageError, match=reason):
             images.load_image(tmp_path / name)

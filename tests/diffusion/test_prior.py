@@ -33,8 +33,9 @@ class Counting:
 
         self.impl.sample = counted
         try:
+            parts = options.pop("parts", None) or small_components("tiny-vae")
             paths = self.impl.ensure_class_images(
-                small_components("tiny-vae"), prompt, directory, count, steps=1, **options
+                parts, prompt, directory, count, steps=1, **options
             )
         finally:
             self.impl.sample = draw

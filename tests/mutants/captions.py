@@ -13,19 +13,19 @@ from tests.mutants import Mutant, instead
 class FirstCaption(DreamBoothTask):
     def _row(self, stream: str, kind: int, position: int) -> Any:
         row = super()._row(stream, kind, position)
-        return (*row[:4], row[4] if kind else 0, row[5])
+        return (*row[:4], row[4] if kind else 0, *row[5:])
 
 
 class ByPlace(DreamBoothTask):
     def _row(self, stream: str, kind: int, position: int) -> Any:
         row = super()._row(stream, kind, position)
-        return (*row[:4], row[4] if kind else position % len(self.concept.instance), row[5])
+        return (*row[:4], row[4] if kind else position % len(self.concept.instance), *row[5:])
 
 
 class CaptionForTheClassToo(DreamBoothTask):
     def _row(self, stream: str, kind: int, position: int) -> Any:
         row = super()._row(stream, kind, position)
-        return (*row[:4], 0 if kind else row[4], row[5])
+        return (*row[:4], 0 if kind else row[4], *row[5:])
 
 
 def _mutant(name: str, task: type[DreamBoothTask], why: str) -> Mutant:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -154,24 +153,6 @@ _tensors = adapter_file.diffusers_tensors
 _export = adapter_file.export_factors
 
 _PICTURES = [
-    Mutant(
-        "EXIF orientation ignored",
-        test_images.law_exif_is_applied,
-        lambda: replaced(images, ImageOps=SimpleNamespace(exif_transpose=lambda image: image)),
-        "photos from a phone lie on their side",
-    ),
-    Mutant(
-        "alpha dropped",
-        test_images.law_alpha_falls_on_white,
-        lambda: replaced(images, _to_rgb=lambda path, image: image.convert("RGB")),
-        "the color hidden behind transparency appears",
-    ),
-    Mutant(
-        "16 bits clipped",
-        test_images.law_sixteen_bits_are_rescaled,
-        lambda: replaced(images, _SIXTEEN_BIT=frozenset()),
-        "a 16-bit picture becomes white",
-    ),
     Mutant(
         "pictures unsorted",
         test_images.law_names_decide_the_order,
