@@ -27,12 +27,14 @@ from dreamrie.diffusion.prepare import (
     missing_for_scores,
     run_facts,
 )
-from dreamrie.diffusion.task import DreamBoothTask
+from dreamrie.diffusion.resume import checkpoint_plan, find_resume
+from dreamrie.diffusion.task import DreamBoothTask, picture_unit
 from dreamrie.errors import ConfigError, DreamrieError
 from dreamrie.loi import locally_optimal_init
 from dreamrie.lora import attach_lora
 from dreamrie.optimizers import build_optimizer
-from dreamrie.runlog import RunLog, check_output_dir, exit_code, start_logging
+from dreamrie.run_folder import check_not_in_use, check_output_dir
+from dreamrie.runlog import RunLog, check_records, exit_code, start_logging
 from dreamrie.trainer import (
     LoopSettings,
     Scorer,
@@ -47,7 +49,8 @@ logger = logging.getLogger("dreamrie.train_dreambooth")
 def build_task(config: TrainConfig, device: torch.device, processes: int) -> DreamBoothTask:
     """Check every picture and setting, load the model, put adapters on its attention layers."""
     data, prior, seed = config.data, config.prior, config.schedule.seed
-    check_output_dir(config.output.output_dir, config.output.report_to == "tensorboard")
+    check_output_dir(config.output.output_dir)
+    check_records(config.output.report_to == "tensorboard")
     check_images(data.instance_data_dir)
     model, name = config.model, config.model.pretrained_model_name_or_path
     components = load_components(
@@ -62,10 +65,9 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
         data.instance_data_dir,
         data.instance_prompt,
         resolution=resolution,
-        center_crop=data.center_crop,
-        random_flip=data.random_flip,
-        class_images=class_pictures(components, config),
+        class_images=lambda: class_pictures(components, config),
         class_prompt=prior.class_prompt,
+        **config.picture_values(picture_unit(components)),
     )
     return DreamBoothTask(components, pairs, concept, **config.task_values(processes))
 
@@ -73,7 +75,7 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
 def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer, str]:
     """Move the adapters to their start; returns their optimizer, and how the start went."""
     adapter, settings, summary = config.adapter, config.optimizer, str(config.adapter.init)
-    if adapter.init == "loi":
+    if adapter.init == "loi" and not config.run.resume_from_checkpoint:
         count, size = adapter.loi_batches, config.data.train_batch_size
         logger.info("LOI: gradient of %d batches of %d pictures ...", count, size)
         summary = locally_optimal_init(
@@ -104,7 +106,10 @@ def make_scorer(config: TrainConfig, task: DreamBoothTask, is_main: bool) -> Sco
 
 def run(config: TrainConfig, command: Sequence[str]) -> bool:
     """Train, or only say what training would do; returns whether it came to its end."""
+    resume = find_resume(config)
     accelerator = make_accelerator(config.schedule.mixed_precision)
+    if accelerator.is_main_process:
+        check_not_in_use(config.output.output_dir)
     with accelerator.main_process_first():  # it makes the class pictures that the others find
         task = build_task(config, accelerator.device, accelerator.num_processes)
     config = config.with_resolution(task.concept.resolution)
@@ -116,10 +121,12 @@ def run(config: TrainConfig, command: Sequence[str]) -> bool:
     optimizer, facts["initialization"] = start_adapter(config, task)
     folder = config.output.output_dir if accelerator.is_main_process else None
     board = config.output.logging_dir if config.output.report_to == "tensorboard" else None
-    with RunLog(folder, config.schedule.max_train_steps, tensorboard_dir=board) as log:
+    records, steps = resume and resume.state["records"], config.schedule.max_train_steps
+    plan = checkpoint_plan(config, task, accelerator.num_processes, resume)
+    with RunLog(folder, steps, tensorboard_dir=board, resume=records) as log:
         log.manifest(to_yaml(config), command, {"run": config.schedule.seed}, facts)
         loop = LoopSettings(**config.loop_values())
-        result = train(task, optimizer, loop, log, accelerator, scorer)
+        result = train(task, optimizer, loop, log, accelerator, scorer, plan)
     if folder and result.saved:
         logger.info("%s", result.summary(folder))
     return not result.interrupted

@@ -1,4 +1,4 @@
-"""Write a file so that a crash leaves the old one or the new one, never a part.
+"""Write a file, or a folder of files, so that a crash leaves the old one or the new one, never a part.
 
 Errors are the system's own: each caller knows what the file is for, and says so in its own kind of error.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 # What a file system answers that cannot sync a folder, such as some network drives; the rename still happened.
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
@@ -38,6 +41,55 @@ def write_atomic(path: Path, content: bytes) -> None:
         # After the rename it is no longer there.
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def commit_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a folder under another name, sync every file and the folder, rename.
+
+    Args:
+        path: the folder; the one above it exists. An older one of this name is replaced.
+        contents: file names and all of their bytes, in the order of writing.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left, and what was there before is intact.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}."))
+    aside = temporary.with_name(f"{temporary.name}.old")
+    try:
+        for name, content in contents.items():
+            with (temporary / name).open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        # mkdtemp gives a folder that its owner alone may enter.
+        temporary.chmod(0o777 & ~_umask())
+        sync_folder(temporary)
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+    finally:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def sync_stream(stream: IO[str]) -> int:
+    """Bring what was written to an open file onto the disk.
+
+    Args:
+        stream: open for writing.
+
+    Returns:
+        Length of the file in bytes.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    stream.flush()
+    os.fsync(stream.fileno())
+    return os.fstat(stream.fileno()).st_size
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
     metrics.jsonl    one JSON object a line: a training step, or scores
     spectrum.jsonl   singular values of every adapted layer, every few steps
     config.yaml      the resolved settings; itself a valid --config
-    run.json         exact command, seeds, versions
+    run.json         exact command, seeds, versions; one entry more each time that the run goes on from a checkpoint
     previous-1/ ...  the same files of an older run in the same folder
 
 JSON has no NaN: a number that is not finite is written as null, and the record says why the step was skipped.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import shlex
 import subprocess
@@ -27,8 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from dreamrie import __version__, files
+from dreamrie import __version__
+from dreamrie.checkpoint import sweep
 from dreamrie.errors import CheckpointError, ConfigError, DreamrieError, NumericalError
+from dreamrie.files import sync_stream
+from dreamrie.run_folder import check_output_dir, lock_folder, move_older_run, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +38,7 @@ RECORDED_PACKAGES = (
     *("torch", "diffusers", "transformers", "peft"),
     *("accelerate", "safetensors", "numpy", "pillow"),
 )
-ADAPTER = "pytorch_lora_weights.safetensors"
-# What a run writes. The last two mark a folder that holds one, so they are the last to be moved away.
-RUN_FILES = (
-    *("samples", "scored", "best", "logs"),
-    *("scores.jsonl", "scores.png", "metrics.jsonl", "spectrum.jsonl"),
-    "config.yaml",
-    "run.json",
-    ADAPTER,
-)
+METRICS, SPECTRUM, MANIFEST = "metrics.jsonl", "spectrum.jsonl", "run.json"
 # tqdm's own rate turns into s/step when a step takes longer than a second; ours does not.
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 
@@ -84,87 +78,6 @@ def _short_crash(
     sys.stderr.write(
         f"error: unexpected {kind.__name__}: {error}\n  run again with -v to see where\n"
     )
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves either the old one or the new one, never a part.
-
-    Args:
-        path: the file; its folder exists.
-        content: all of it.
-
-    Raises:
-        CheckpointError: the file cannot be written; nothing is left beside it.
-    """
-    try:
-        files.write_atomic(path, content)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name} cannot be written ({len(content)} bytes): {error}\n"
-            f"  where: {path}\n"
-            "  what to do: check free space and permissions; what was there before is intact"
-        ) from error
-
-
-def check_output_dir(folder: Path, tensorboard: bool = False) -> None:
-    """Say before any work whether results could be written; creates nothing.
-
-    Args:
-        folder: where the run is to write; it may not exist yet.
-        tensorboard: TensorBoard is wanted too.
-
-    Raises:
-        ConfigError: it or a folder above it is a file, or it may not be written, or TensorBoard is
-            not installed.
-    """
-    if tensorboard:
-        _board_class()
-    existing = folder
-    try:
-        while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir():
-            reason = "it is a file" if existing == folder else f"{existing} is a file"
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            reason = f"{existing} is read-only"
-        else:
-            return
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise ConfigError(
-        f"the output folder cannot be used: {reason}\n"
-        f"  where: --output_dir {folder}\n"
-        "  what to do: name a folder that does not exist yet, or one that may be written"
-    )
-
-
-def folder_for_older_run(folder: Path) -> Path | None:
-    """Say where the older run of an output folder would go, so that two runs never mix.
-
-    Args:
-        folder: output folder; it may not exist yet.
-
-    Returns:
-        The first of previous-1, previous-2, ... that is free; None when the folder holds no run.
-    """
-    if not any((folder / name).exists() for name in RUN_FILES[-2:]):
-        return None
-    number = 1
-    while (folder / f"previous-{number}").exists():
-        number += 1
-    return folder / f"previous-{number}"
-
-
-def _move_older_run(folder: Path) -> None:
-    """Rename what an older run left, whole and with nothing overwritten."""
-    target = folder_for_older_run(folder)
-    if target is None:
-        return
-    target.mkdir()
-    for name in RUN_FILES:
-        if (folder / name).exists():
-            (folder / name).rename(target / name)
-    logger.info("%s holds an older run, which was moved to %s", folder, target)
 
 
 def _finite(value: Any) -> Any:
@@ -208,16 +121,20 @@ def code_version() -> str:
 class RunLog:
     """Writer of one run's records; a context manager, so that the files are closed whatever happens.
 
-    An older run in the folder is moved into a folder of its own, see `folder_for_older_run`.
+    An older run in the folder is moved into a folder of its own, see `folder_for_older_run`; no second run gets the
+    folder while this one has it.
 
     Args:
         output_dir: folder of the run; created if needed. None: write nothing (not the main process, tests).
         total_steps: length of the progress bar.
         quiet: no progress bar; None: none unless standard error is a terminal.
         tensorboard_dir: write TensorBoard events there; None: do not.
+        resume: lengths of the records when the checkpoint was written (`positions`), to go on with the run that the
+            folder holds: what was recorded later is cut off, because it will be recorded again.
 
     Raises:
-        ConfigError: the folder cannot be created, or TensorBoard is asked for but not installed.
+        ConfigError: the folder cannot be created, another run is writing into it, or TensorBoard is asked for but not
+            installed.
     """
 
     def __init__(
@@ -227,13 +144,15 @@ class RunLog:
         *,
         quiet: bool | None = None,
         tensorboard_dir: Path | None = None,
+        resume: Mapping[str, int] | None = None,
     ) -> None:
         self.output_dir = output_dir
+        self._resume = resume
         self._metrics: IO[str] | None = None
         self._spectrum: IO[str] | None = None
         self._board: Any = None
         self._bar: Any = None
-        self._redirect = ExitStack()
+        self._redirect, self._in_use = ExitStack(), ExitStack()
         self._total_steps = total_steps
         try:
             if output_dir is not None:
@@ -245,13 +164,16 @@ class RunLog:
         self._has_bar = output_dir is not None and not hidden
 
     def _open(self, folder: Path, tensorboard_dir: Path | None) -> None:
-        """Create the folder and the files; a run starts with empty records."""
+        """Create the folder and the files; a run starts with empty records, or with those of its checkpoint."""
         check_output_dir(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _move_older_run(folder)
-            self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-            self._spectrum = (folder / "spectrum.jsonl").open("w", encoding="utf-8")
+            self._in_use.enter_context(lock_folder(folder))
+            sweep(folder)
+            if self._resume is None:
+                move_older_run(folder)
+            self._metrics = _open_record(folder / METRICS, self._resume)
+            self._spectrum = _open_record(folder / SPECTRUM, self._resume)
         except OSError as error:
             raise ConfigError(
                 f"the output folder cannot be used: {error}\n"
@@ -280,6 +202,15 @@ class RunLog:
         self._metrics = self._spectrum = self._board = self._bar = None
         self._has_bar = False
         self._redirect.close()
+        self._in_use.close()
+
+    def positions(self) -> dict[str, int]:
+        """Lengths of the records in bytes, once all of them are on the disk."""
+        found = {}
+        for name, stream in ((METRICS, self._metrics), (SPECTRUM, self._spectrum)):
+            if stream is not None and not stream.closed:
+                found[name] = sync_stream(stream)
+        return found
 
     def manifest(
         self,
@@ -308,11 +239,13 @@ class RunLog:
             "platform": platform.platform(),
             **facts,
         }
+        if self._resume is not None:
+            record = _resumed_record(self.output_dir / MANIFEST, record)
         write_atomic(self.output_dir / "config.yaml", config_yaml.encode())
         text = json.dumps(
             _finite(record), indent=2, ensure_ascii=False, allow_nan=False, default=str
         )
-        write_atomic(self.output_dir / "run.json", (text + "\n").encode())
+        write_atomic(self.output_dir / MANIFEST, (text + "\n").encode())
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Record one training step and move the progress bar.
@@ -381,6 +314,42 @@ class RunLog:
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(name, value, step)
+
+
+def _open_record(path: Path, resume: Mapping[str, int] | None) -> IO[str]:
+    """A record to write: empty, or cut to the length that it had at a checkpoint."""
+    if resume is None:
+        return path.open("w", encoding="utf-8")
+    length = resume.get(path.name, 0)
+    with path.open("ab") as stream:
+        there = stream.tell()
+        if there < length:
+            logger.warning("%s lacks the last %d bytes of its records", path, length - there)
+        stream.truncate(min(there, length))
+    return path.open("a", encoding="utf-8")
+
+
+def _resumed_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run that goes on: how it began, and every time it went on."""
+    try:
+        first = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return record  # lost or damaged, which is no reason not to go on
+    again = {key: record[key] for key in ("started", "command", "folder", "versions", "code")}
+    return {**first, "resumed": [*first.get("resumed", []), again]}
+
+
+def check_records(tensorboard: bool) -> None:
+    """Say before any work whether the records that are asked for can be made.
+
+    Args:
+        tensorboard: TensorBoard is wanted.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if tensorboard:
+        _board_class()
 
 
 def _board_class() -> Any:

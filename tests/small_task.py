@@ -90,6 +90,7 @@ class SmallTask:
         return {"size": sum(float(pair.delta().norm()) for pair in self.pairs)}
 
     def save(self, directory: Path, metadata: dict[str, str]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         self.saved.append(metadata)
         torch.save(self.deltas(), directory / "small.pt")
 

@@ -20,16 +20,14 @@ from dreamrie.errors import (
     ImageError,
     NumericalError,
 )
+from dreamrie.run_folder import ADAPTER, folder_for_older_run
 from dreamrie.runlog import (
-    ADAPTER,
     RunLog,
-    check_output_dir,
+    check_records,
     code_version,
     exit_code,
-    folder_for_older_run,
     package_versions,
     start_logging,
-    write_atomic,
 )
 
 STEP = {"step": 3, "loss": 0.25, "lr": 1e-3, "grad_norm": 2.5, "steps_per_s": 7.5, "skipped": None}
@@ -248,48 +246,9 @@ def test_tensorboard_that_is_not_installed_is_a_clear_error(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         RunLog(tmp_path, 4, quiet=True, tensorboard_dir=Path("logs"))
-    check_output_dir(tmp_path)
+    check_records(tensorboard=False)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
-        check_output_dir(tmp_path, tensorboard=True)
-
-
-# ------------------------------------------------------------------------------------ files
-
-
-def test_a_failed_write_says_where_and_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk is full: the message names the file, which is intact; nothing lies beside it."""
-    target = tmp_path / "file.bin"
-    write_atomic(target, b"old")
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dreamrie.files.os.replace", full)
-    with pytest.raises(CheckpointError, match="No space left") as caught:
-        write_atomic(target, b"new")
-    assert str(target) in str(caught.value)
-    monkeypatch.undo()
-    assert target.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
-
-
-def test_output_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("mine")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for bad in (file, file / "below" / "it", tmp_path / "loop" / "x", tmp_path / ("n" * 300)):
-        with pytest.raises(ConfigError, match="output folder cannot be used") as caught:
-            check_output_dir(bad)
-        assert "--output_dir" in str(caught.value)
-        assert len(str(caught.value).splitlines()) == 3
-        with pytest.raises(ConfigError):
-            RunLog(bad, 3)
-    assert file.read_text() == "mine"
-    for good in (tmp_path, tmp_path / "new", tmp_path / "new" / "er" / "ümläut and blank"):
-        check_output_dir(good)
-        assert good == tmp_path or not good.exists()  # looking creates nothing
+        check_records(tensorboard=True)
 
 
 def test_records_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dreamrie.optimizers import build_optimizer
-from dreamrie.runlog import ADAPTER, RunLog
+from dreamrie.run_folder import ADAPTER
+from dreamrie.runlog import RunLog
 from dreamrie.trainer import (
     BEST,
     LoopSettings,
@@ -41,6 +42,12 @@ class Judge:
         self.fails_at = -1
         self.asked: list[int] = []
         self.gradients: list[bool] = []
+
+    def state(self) -> str:
+        return ",".join(map(str, self.asked))
+
+    def restore(self, state: str) -> None:
+        self.asked = [int(step) for step in state.split(",") if step]
 
     def __call__(self, step: int) -> Verdict:
         self.asked.append(step)

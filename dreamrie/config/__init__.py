@@ -13,6 +13,7 @@ from dreamrie.config.reading import (
     make_config,
     parse_config,
 )
+from dreamrie.config.resume import check_same_settings
 from dreamrie.config.schema import (
     AdapterSettings,
     DataSettings,
@@ -42,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "ValidationSettings",
     "build_parser",
+    "check_same_settings",
     "closest",
     "is_verbose",
     "make_config",

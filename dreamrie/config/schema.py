@@ -6,6 +6,7 @@ that the value follows from the others, and `TrainConfig.resolved` fills it in.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 # lora_B = 0: rank zero, a start that only factor-wise optimizers can leave.
 PLAIN_INITS = ("default", "gaussian", "orthogonal")
+COLORS = {"white": "#ffffff", "black": "#000000", "grey": "#808080", "gray": "#808080"}
 
 
 def _no_blank(value: object) -> object:
@@ -37,9 +39,17 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _as_color(value: object) -> object:
+    """Refuse text that names no color."""
+    if isinstance(value, str) and not re.fullmatch(r"#[0-9a-f]{6}", COLORS.get(value, value), re.I):
+        raise ValueError("must be white, black, grey or #rrggbb with hexadecimal digits, in quotes")
+    return value
+
+
 Text = Annotated[str, BeforeValidator(_no_blank)]
 PathText = Annotated[Path, BeforeValidator(_as_path)]
 Texts = Annotated[list[Text], BeforeValidator(_as_list)]
+Color = Annotated[str, BeforeValidator(_as_color)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -72,8 +82,27 @@ class DataSettings(Group):
         None, description="side of the training pictures in pixels; default: the model's own"
     )
     center_crop: bool = Field(False, description="crop the middle instead of a random square")
+    aspect_buckets: bool = Field(
+        False,
+        description="keep the aspect of each picture, at most 2 to 1, with about as many pixels as the square",
+    )
     random_flip: bool = Field(False, description="mirror half of the pictures left to right")
+    alpha: Literal["background", "mask"] = Field(
+        "background",
+        description="transparent parts. background: learned as the background color; mask: shown in it, but "
+        "not counted in the loss",
+    )
+    background_color: Color = Field(
+        "white",
+        description='behind transparent pictures: white, black, grey or "#rrggbb", in quotes',
+    )
     train_batch_size: Count = Field(4, description="pictures in one micro-batch")
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """Red, green and blue of the background color, 0 to 255."""
+        digits = COLORS.get(self.background_color, self.background_color)[1:]
+        return int(digits[:2], 16), int(digits[2:4], 16), int(digits[4:], 16)
 
 
 class PriorSettings(Group):
@@ -245,10 +274,22 @@ class OutputSettings(Group):
     spectrum_steps: Count = Field(
         10, description="write the singular values to spectrum.jsonl every so many steps"
     )
+    checkpointing_steps: Annotated[int, Field(ge=0)] = Field(
+        100,
+        description="save all that is needed to go on every so many steps, when stopped, and at the end; 0: never",
+    )
+    checkpoints_total_limit: Annotated[int, Field(ge=0)] = Field(
+        2, description="how many checkpoints to keep, the oldest goes first; 0: all"
+    )
 
 
 class RunSettings(Group):
     """How this one command behaves; not part of the recorded configuration."""
 
     dry_run: bool = Field(False, description="check everything, say what would happen, and stop")
+    resume_from_checkpoint: Text | None = Field(
+        None,
+        description="go on from a checkpoint of the output folder: latest, or its name, such as checkpoint-200; "
+        "the other settings must be those of that run",
+    )
     verbose: bool = Field(False, description="log more, and show tracebacks")

@@ -44,6 +44,11 @@ SCORES_ONLY = tuple(name for name in ScoreSettings.model_fields if name != "scor
 USUAL_WORD = "sks"
 
 
+def usual_guidance(is_embedded: bool) -> float:
+    """Guidance at which a model draws at its best, as far as is known."""
+    return EMBEDDED_GUIDANCE if is_embedded else USUAL_GUIDANCE
+
+
 def usual_init(optimizer: str) -> str:
     """Start that goes with an optimizer; PEFT's default one and a factor-wise optimizer are the usual LoRA."""
     return "loi" if optimizer == "riemannion" else "default"
@@ -109,6 +114,11 @@ class TrainConfig(Group):
                 raise ValueError(
                     f"{setting} does nothing here; add {remedy}, or leave --{setting} out"
                 )
+        if self.data.aspect_buckets and self.data.center_crop:
+            raise ValueError(
+                "aspect_buckets keeps the aspect of each picture, center_crop cuts it to a square; leave one of "
+                "them out"
+            )
         self._check_scores()
         warmup, steps = self.schedule.lr_warmup_steps, self.schedule.max_train_steps
         if warmup is not None and warmup > steps:
@@ -131,6 +141,8 @@ class TrainConfig(Group):
             found["validation_steps"] = "--validation_prompt"
         if not self.scores.score_steps:
             found |= dict.fromkeys(SCORES_ONLY, "--score_steps")
+        if not self.output.checkpointing_steps:
+            found["checkpoints_total_limit"] = "--checkpointing_steps"
         return found
 
     def with_resolution(self, resolution: int) -> TrainConfig:
@@ -141,6 +153,24 @@ class TrainConfig(Group):
     def samples_per_step(self, processes: int = 1) -> int:
         """Pictures of the concept that one optimizer step sees."""
         return self.data.train_batch_size * self.schedule.gradient_accumulation_steps * processes
+
+    def picture_values(self, unit: int) -> dict[str, Any]:
+        """Arguments of `dreamrie.diffusion.data.ConceptSet` that say how pictures are cut and weighed.
+
+        Args:
+            unit: pixels that the model needs the sides of a picture to be multiples of.
+
+        Returns:
+            By name.
+        """
+        data = self.data
+        return {
+            "center_crop": data.center_crop,
+            "random_flip": data.random_flip,
+            "bucket_unit": unit if data.aspect_buckets else None,
+            "background": data.background_rgb,
+            "mask": data.alpha == "mask",
+        }
 
     def task_values(self, processes: int) -> dict[str, Any]:
         """Arguments of `dreamrie.diffusion.task.DreamBoothTask`, beside the model and the pictures."""
@@ -191,7 +221,7 @@ class TrainConfig(Group):
             },
             "adapter": {"init": init, "start_scale": start if init == "loi" else None},
             "schedule": {"lr_warmup_steps": min(20, steps // 10)},
-            "validation": {"guidance_scale": EMBEDDED_GUIDANCE if is_embedded else USUAL_GUIDANCE},
+            "validation": {"guidance_scale": usual_guidance(is_embedded)},
             "scores": self._resolved_scores(is_embedded) if self.scores.score_steps else {},
         }
         changed = {}

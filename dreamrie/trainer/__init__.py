@@ -11,6 +11,7 @@ from dreamrie.trainer.control import (
     sigterm_as_ctrl_c,
 )
 from dreamrie.trainer.loop import change_spectra, train
+from dreamrie.trainer.saving import Checkpoints
 from dreamrie.trainer.scoring import (
     BEST,
     SCORED,
@@ -23,6 +24,7 @@ from dreamrie.trainer.task import LoopSettings, Task, TrainResult
 __all__ = [
     "BEST",
     "SCORED",
+    "Checkpoints",
     "LoopSettings",
     "Scorer",
     "StopRequest",

@@ -1,7 +1,8 @@
 """The one training loop. It knows what it trains only as a `Task`.
 
 One step, in this order: micro-batches (each loss divided by their number) -> mean over processes -> unscale (fp16) ->
-gradient norm -> skip if anything is not finite -> clip -> optimizer step -> schedule -> records.
+gradient norm -> skip if anything is not finite -> clip -> optimizer step -> schedule -> records. After a step:
+spectrum, validation, scores, and last the checkpoint, which holds what all of them left.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from dreamrie.trainer.control import (
     own_random_stream,
     schedule_factor,
 )
+from dreamrie.trainer.saving import Checkpoints, Progress, Saver
 from dreamrie.trainer.scoring import BestKeeper, Scorer, scored_folder
 from dreamrie.trainer.task import LoopSettings, Task, TrainResult
 
@@ -57,6 +59,7 @@ class _Loop:
         log: RunLog,
         accelerator: Accelerator,
         scorer: Scorer | None,
+        checkpoints: Checkpoints | None,
     ) -> None:
         self.task, self.optimizer, self.settings = task, optimizer, settings
         self.log, self.accelerator, self.scorer = log, accelerator, scorer
@@ -65,8 +68,9 @@ class _Loop:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Every group keeps its own peak: LoRA+ has two.
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.skipped, self.skips_in_a_row = 0, 0
-        self.last_loss, self.seconds, self.scoring_seconds = math.nan, 0.0, 0.0
+        self.progress, self.micro_losses = Progress(), torch.zeros(0)
+        plan = checkpoints or Checkpoints(every=None)
+        self.saver = Saver(task, optimizer, accelerator, log, scorer, plan)
         self.max_skips = MAX_SKIPS if accelerator.scaler is None else MAX_SKIPS_FP16
 
     def set_learning_rate(self, done: int) -> None:
@@ -91,7 +95,8 @@ class _Loop:
                 loss = self.task.loss(batch)
             self.accelerator.backward(loss / count)
             losses.append(loss.detach())
-        total = torch.stack(losses).mean()
+        self.micro_losses = torch.stack(losses)
+        total = self.micro_losses.mean()
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total, reduction="mean")
             for parameter in self.parameters:
@@ -119,10 +124,11 @@ class _Loop:
         norm = self.gradient_norm()
         loss_value, norm_value = float(loss), float(norm)
         skip = None
+        broken: list[str] = []
         if not math.isfinite(loss_value):
             skip = "loss"
         elif not math.isfinite(norm_value):
-            skip = "gradient"
+            skip, broken = "gradient", self.layers_without_finite_gradient()
         elif self.settings.max_grad_norm is not None:
             limit = self.settings.max_grad_norm
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm.to(loss))
@@ -132,8 +138,9 @@ class _Loop:
         self.stepper.zero_grad()
         self.set_learning_rate(step)
         duration = time.perf_counter() - started
-        self.seconds += duration
-        self.last_loss = loss_value
+        self.progress.step = step
+        self.progress.seconds += duration
+        self.progress.last_loss = loss_value
         self.log.step(
             {
                 "step": step,
@@ -144,22 +151,37 @@ class _Loop:
                 "skipped": skip,
             }
         )
-        self.guard(step, skip, loss_value, learning_rate, norm_value)
+        facts = f"loss {loss_value}, lr {learning_rate:.3g}, gradient norm {norm_value}"
+        if broken:
+            facts += f", {len(broken)} of {len(self.task.pairs)} layers, the first is {broken[0]}"
+        self.guard(step, skip, facts)
 
-    def guard(self, step: int, skip: str | None, loss: float, lr: float, norm: float) -> None:
+    def layers_without_finite_gradient(self) -> list[str]:
+        """Names of the layers to look at, in the order of the model."""
+        names = []
+        for pair in self.task.pairs:
+            gradients = [p.grad for p in (pair.left, pair.right) if p.grad is not None]
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                names.append(pair.name)
+        return names
+
+    def guard(self, step: int, skip: str | None, facts: str) -> None:
         """Count a skipped step and say what was in it; give up when it does not stop."""
+        progress = self.progress
         if skip is None:
-            self.skips_in_a_row = 0
+            progress.skips_in_a_row = 0
             return
-        self.skipped += 1
-        self.skips_in_a_row += 1
-        micros = [self.micro_number(index) for index in range(self.settings.accumulation)]
+        progress.skipped += 1
+        progress.skips_in_a_row += 1
+        # The batches of this process whose own loss is broken; if none is, it may be any of them.
+        bad = [i for i, loss in enumerate(self.micro_losses.tolist()) if not math.isfinite(loss)]
+        micros = [self.micro_number(i) for i in bad or range(self.settings.accumulation)]
         content = "; ".join(self.task.describe(self.task.batch(step, micro)) for micro in micros)
-        facts = f"loss {loss}, lr {lr:.3g}, gradient norm {norm}, batch: {content}"
+        facts = f"{facts}, batch: {content}"
         logger.warning("Step %d skipped: %s is not finite (%s)", step, skip, facts)
-        if self.skips_in_a_row >= self.max_skips:
+        if progress.skips_in_a_row >= self.max_skips:
             raise NumericalError(
-                f"the {skip} was not finite {self.skips_in_a_row} times in a row\n"
+                f"the {skip} was not finite {progress.skips_in_a_row} times in a row\n"
                 f"  where: step {step}, {facts}\n"
                 "  what to do: look at the named pictures, lower --learning_rate, or use bf16 or "
                 "no for --mixed_precision; no adapter was written"
@@ -198,7 +220,7 @@ class _Loop:
                 failure = f"Scores of step {step} could not be made, training goes on: {error}"
                 logger.error(failure)  # noqa: TRY400  one line, as every message
             self.task.model.train()
-            self.scoring_seconds += time.perf_counter() - started
+            self.progress.scoring_seconds += time.perf_counter() - started
         self.accelerator.wait_for_everyone()
 
     def record_spectrum(self, step: int) -> None:
@@ -208,48 +230,76 @@ class _Loop:
             values["point"] = {name: s.tolist() for name, s in self.optimizer.spectra().items()}
         self.log.spectrum(step, **values)
 
+    def begin(self) -> int:
+        """Put everything into the state of the checkpoint to go on from; returns the first step to take."""
+        checkpoint = self.saver.plan.resume
+        if checkpoint is None:
+            self.saver.check_space()
+            return 0
+        self.progress, verdict = self.saver.restore(checkpoint)
+        if self.keeper is not None:
+            self.keeper.verdict = verdict
+        return self.progress.step + 1
+
     def run(self) -> TrainResult:
         """All steps, then the final save, also when a signal ends it early after at least one step."""
-        s, step, moved = self.settings, 0, False
+        s, first = self.settings, self.begin()
         self.task.model.train()
-        self.set_learning_rate(0)
+        self.set_learning_rate(self.progress.step)
         with StopRequest() as stop:
-            for step in range(s.max_steps + 1):
+            for step in range(first, s.max_steps + 1):
                 if step > 0:
                     self.step(step)
-                last = step == s.max_steps or stop.asked
-                if _is_due(s.spectrum_steps, step, last):
-                    self.record_spectrum(step)
-                if _is_due(s.validation_steps, step, last) and not stop.asked:
-                    self.validate(step)
-                # Without a step that moved it, the adapter is that of step 0.
-                moved = step > self.skipped
-                if _is_due(s.score_steps, step, last) and not stop.asked and (moved or step == 0):
-                    self.score(step)
+                self.after_step(step, stop)
                 if stop.asked:
                     break
-            if moved:
-                self.save(step)
-            elif stop.asked:
-                logger.warning("stopped; nothing was saved")
-            elif self.skipped:
-                raise NumericalError(
-                    f"every one of the {step} steps was skipped, so the adapter is unchanged\n"
-                    "  where: the warnings above name the batches\n"
-                    "  what to do: look at the named pictures, or lower --learning_rate; "
-                    "no adapter was written"
-                )
+            self.finish(stop.asked)
         self.accelerator.free_memory()
+        progress = self.progress
         return TrainResult(
-            step,
-            self.skipped,
+            progress.step,
+            progress.skipped,
             stop.asked,
-            moved,
-            self.last_loss,
-            self.seconds,
-            self.scoring_seconds,
+            progress.moved,
+            progress.last_loss,
+            progress.seconds,
+            progress.scoring_seconds,
             self.keeper.verdict if self.keeper else None,
         )
+
+    def after_step(self, step: int, stop: StopRequest) -> None:
+        """Everything that happens every so many steps; a run that was asked to stop draws no more pictures."""
+        s, last = self.settings, step == self.settings.max_steps
+        # Not because of a stop: a run that goes on later is to have the records of one that never stopped.
+        if _is_due(s.spectrum_steps, step, last):
+            self.record_spectrum(step)
+        if _is_due(s.validation_steps, step, last) and not stop.asked:
+            self.validate(step)
+        # Without a step that moved it, the adapter is that of step 0.
+        moved = self.progress.moved
+        if _is_due(s.score_steps, step, last) and not stop.asked and (moved or step == 0):
+            self.score(step)
+        if self.saver.is_due(step, last or stop.asked) and moved:
+            self.saver.write(self.progress, self.keeper.verdict if self.keeper else None)
+
+    def finish(self, stopped: bool) -> None:
+        """Save the adapter, or say why there is none."""
+        progress = self.progress
+        if progress.moved:
+            self.save(progress.step)
+            if stopped and self.saver.plan.every is not None:
+                logger.info(
+                    "The same command with --resume_from_checkpoint latest goes on from here"
+                )
+        elif stopped:
+            logger.warning("stopped; nothing was saved")
+        elif progress.skipped:
+            raise NumericalError(
+                f"every one of the {progress.step} steps was skipped, so the adapter is unchanged\n"
+                "  where: the warnings above name the batches\n"
+                "  what to do: look at the named pictures, or lower --learning_rate; "
+                "no adapter was written"
+            )
 
     def save(self, step: int) -> None:
         """Write the adapter; only the main process does."""
@@ -298,6 +348,7 @@ def train(
     log: RunLog,
     accelerator: Accelerator | None = None,
     scorer: Scorer | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train, validate on the way, save at the end; also after Ctrl-C, which finishes the step.
 
@@ -312,6 +363,8 @@ def train(
         accelerator: from `make_accelerator`; None makes one in full precision.
         scorer: asked every `settings.score_steps` steps by the process that has the folder; the adapters it scored
             are kept in `scored/step-NNNNNN/`, the one it prefers in `best/`.
+        checkpoints: when to write `checkpoint-N/`, and which one to go on from; `log` must have been opened with its
+            `records` then. None: write none.
 
     Returns:
         What happened.
@@ -319,8 +372,9 @@ def train(
     Raises:
         NumericalError: loss or gradient was not finite 3 times in a row (20 times under fp16, which finds its
             loss scale by overflowing), or in every step; nothing is saved.
-        CheckpointError: the adapter cannot be written at the end.
+        CheckpointError: the adapter cannot be written at the end, there is no room for two checkpoints at the
+            beginning, or the checkpoint to go on from is of another run.
         ConfigError: an unknown schedule.
     """
     own = accelerator or make_accelerator()
-    return _Loop(task, optimizer, settings, log, own, scorer).run()
+    return _Loop(task, optimizer, settings, log, own, scorer, checkpoints).run()

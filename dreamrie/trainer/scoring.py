@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dreamrie.errors import CheckpointError
-from dreamrie.runlog import ADAPTER, write_atomic
+from dreamrie.run_folder import ADAPTER, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,14 @@ class Scorer(Protocol):
     """
 
     def __call__(self, step: int) -> Verdict: ...  # noqa: D102
+
+    def state(self) -> str:
+        """All scorings so far, for a checkpoint."""
+        ...
+
+    def restore(self, state: str) -> None:
+        """Go on as after the scorings of `state`."""
+        ...
 
 
 def scored_folder(output_dir: Path, step: int) -> Path:

@@ -109,6 +109,21 @@ class ConceptScorer:
             opinion.is_alarm,
         )
 
+    def state(self) -> str:
+        """All scorings so far, as `scores.jsonl` holds them."""
+        lines = [self._facts(), *map(as_record, self._rows)]
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def restore(self, state: str) -> None:
+        """Go on as after the scorings of `state`; those that were made later are made again.
+
+        Args:
+            state: from `state`, of a run with the same settings.
+        """
+        rows = [json.loads(line) for line in state.splitlines()[1:]]
+        self._rows = [_from_record(row, len(self._plan.prompts)) for row in rows]
+        self._record()
+
     def _draw(self, prompts: Sequence[str], stream: str) -> list[Image.Image] | None:
         """Pictures on the fixed seeds of a stream; None if the model draws numbers that are not finite."""
         plan = self._plan
@@ -182,9 +197,8 @@ class ConceptScorer:
 
     def _record(self) -> None:
         """Write the single values of all scorings; the first line says what they depend on."""
-        lines = [self._facts(), *map(as_record, self._rows)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomic(self._folder / RECORDS, text.encode())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._folder / RECORDS, self.state().encode())
 
     def _facts(self) -> dict[str, Any]:
         """What all scores of the run depend on."""

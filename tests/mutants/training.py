@@ -17,6 +17,7 @@ from dreamrie.trainer import loop
 from dreamrie.trainer.control import schedule_factor
 from tests.mutants import Mutant, replaced
 from tests.properties import test_trainer_laws as laws
+from tests.properties import test_trainer_messages_laws as messages
 
 _Loop = loop._Loop
 _set_rate, _save, _run, _guard = _Loop.set_learning_rate, _Loop.save, _Loop.run, _Loop.guard
@@ -96,20 +97,38 @@ def save_whatever_happens(self: Any) -> Any:
         raise
 
 
-def never_give_up(self: Any, step: int, skip: str | None, *facts: float) -> None:
-    self.skips_in_a_row = 0
-    _guard(self, step, skip, *facts)
+def never_give_up(self: Any, step: int, skip: str | None, facts: str) -> None:
+    self.progress.skips_in_a_row = 0
+    _guard(self, step, skip, facts)
 
 
-def count_forever(self: Any, step: int, skip: str | None, *facts: float) -> None:
-    kept = self.skips_in_a_row
-    _guard(self, step, skip, *facts)
-    self.skips_in_a_row = max(kept, self.skips_in_a_row)
+def count_forever(self: Any, step: int, skip: str | None, facts: str) -> None:
+    kept = self.progress.skips_in_a_row
+    _guard(self, step, skip, facts)
+    self.progress.skips_in_a_row = max(kept, self.progress.skips_in_a_row)
 
 
 NO_GUARD = SimpleNamespace(isfinite=lambda value: True, nan=math.nan)
 
+
+def names_every_micro_batch(self: Any, step: int, skip: str | None, facts: str) -> None:
+    self.micro_losses = torch.zeros(len(self.micro_losses))
+    _guard(self, step, skip, facts)
+
+
 MUTANTS = [
+    Mutant(
+        name="every micro-batch named",
+        law=messages.law_n1_a_bad_step_names_its_batch_and_layer,
+        broken=lambda: broken_loop(guard=names_every_micro_batch),
+        why="the user looks at the wrong pictures",
+    ),
+    Mutant(
+        name="no layer named",
+        law=messages.law_n1_a_bad_step_names_its_batch_and_layer,
+        broken=lambda: broken_loop(layers_without_finite_gradient=lambda self: []),
+        why="nobody finds the layer that overflows among 128",
+    ),
     Mutant(
         "micro-batch losses summed, not averaged",
         laws.law_accumulation,

@@ -9,18 +9,42 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dreamrie.checkpoint import MANIFEST, STATE, TENSORS
 from dreamrie.diffusion.adapters import read_metadata
+from dreamrie.trainer import StopRequest, loop
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command, metrics
 
-SCORES = ("--score_steps", 2, "--score_images", 4, "--score_prompts", "living")
 SCORES = (
-    *SCORES,
-    "--score_inference_steps",
-    1,
-    "--score_encoders",
-    "effnet-lite2-64-160",
-    "tiny-clip",
+    *("--score_steps", 2, "--score_images", 4, "--score_prompts", "living"),
+    *("--score_inference_steps", 1, "--score_encoders", "effnet-lite2-64-160", "tiny-clip"),
 )
+
+
+def test_a_scored_run_that_was_stopped_goes_on_with_its_scores(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, choice and pictures are those of a run that never stopped; scorings after the checkpoint are repeated."""
+    assert command(*SCORES, out="straight") == 0
+    real = loop._Loop.after_step
+
+    def killed(self: loop._Loop, step: int, stop: StopRequest) -> None:
+        if step == 3:
+            raise InterruptedError
+        real(self, step, stop)
+
+    monkeypatch.setattr(loop._Loop, "after_step", killed)
+    with pytest.raises(InterruptedError):
+        command(*SCORES, "--checkpointing_steps", 1)
+    monkeypatch.undo()
+    assert len((tmp_path / "run" / "scores.jsonl").read_text("utf-8").splitlines()) == 3
+    (tmp_path / "run" / "scores.jsonl").write_text("of a later step")
+    flags = ("--checkpointing_steps", 1, "--resume_from_checkpoint", "checkpoint-2")
+    assert command(*SCORES, *flags) == 0
+    names = ["scores.jsonl", "best/best.json", f"best/{ADAPTER}", ADAPTER, "scores.png"]
+    names += [f"scored/step-{step:06d}/pictures.png" for step in (0, 2, 4)]
+    for name in names:
+        whole, again = (tmp_path / run / name for run in ("straight", "run"))
+        assert whole.read_bytes() == again.read_bytes(), name
 
 
 def test_a_scored_run_keeps_the_best_adapter_and_trains_the_same_one(
@@ -33,6 +57,8 @@ def test_a_scored_run_keeps_the_best_adapter_and_trains_the_same_one(
     scored |= {f"scored/step-{step:06d}/{ADAPTER}" for step in (2, 4)}
     plain = {ADAPTER, "config.yaml", "metrics.jsonl", "run.json", "spectrum.jsonl"}
     assert names == {
+        ".lock",
+        *(f"checkpoint-4/{name}" for name in (TENSORS, STATE, MANIFEST)),
         *plain,
         *scored,
         f"best/{ADAPTER}",

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import train_dreambooth
+from dreamrie.checkpoint import MANIFEST, STATE, TENSORS
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.pipeline import sample
 from dreamrie.diffusion.prior import ensure_class_images
@@ -35,6 +36,8 @@ def test_a_run_leaves_everything_needed_to_use_and_repeat_it(
         f"samples/step-{step:06d}{end}.png" for step in (0, 2, 4) for end in ("", "-0", "-1")
     }
     assert names == {
+        ".lock",
+        *(f"checkpoint-4/{name}" for name in (TENSORS, STATE, MANIFEST)),
         ADAPTER,
         "config.yaml",
         "metrics.jsonl",
@@ -64,7 +67,7 @@ def test_a_run_leaves_everything_needed_to_use_and_repeat_it(
     # The run that was there before is whole, in a folder of its own.
     older = run / "previous-1"
     assert (older / ADAPTER).read_bytes() == first
-    assert {path.relative_to(older).as_posix() for path in older.rglob("*.*")} == names
+    assert {path.relative_to(older).as_posix() for path in older.rglob("*.*")} == names - {".lock"}
 
 
 def test_the_file_does_in_plain_diffusers_what_the_trainer_showed(

@@ -1,0 +1,106 @@
+"""Going on with a DreamBooth training: find its checkpoint, and say what a checkpoint depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from dreamrie.checkpoint import Checkpoint, find_checkpoint
+from dreamrie.config import TrainConfig, check_same_settings, to_yaml
+from dreamrie.diffusion.task import DreamBoothTask
+from dreamrie.errors import CheckpointError
+from dreamrie.lora.fingerprint import base_fingerprint
+from dreamrie.runlog import package_versions
+from dreamrie.trainer import Checkpoints
+from dreamrie.trainer.saving import SETTINGS
+
+
+def find_resume(config: TrainConfig) -> Checkpoint | None:
+    """Read the checkpoint that a command names, and compare its settings with those of the command.
+
+    Args:
+        config: resolved settings.
+
+    Returns:
+        The checkpoint; None if the training starts from the beginning.
+
+    Raises:
+        CheckpointError: there is none, or none that can be read, or it is longer than the training.
+        ConfigError: a setting differs that would make another training of it.
+    """
+    wanted = config.run.resume_from_checkpoint
+    if wanted is None:
+        return None
+    found = find_checkpoint(config.output.output_dir, wanted)
+    check_same_settings(str(found.state["facts"][SETTINGS]), config, str(found.path))
+    if found.step > config.schedule.max_train_steps:
+        raise CheckpointError(
+            f"{found.path.name} is beyond the end of the training, which has {config.schedule.max_train_steps} steps\n"
+            f"  where: {found.path}\n"
+            "  what to do: raise --max_train_steps, or give an earlier checkpoint"
+        )
+    return found
+
+
+def checkpoint_plan(
+    config: TrainConfig, task: DreamBoothTask, processes: int, resume: Checkpoint | None
+) -> Checkpoints:
+    """When to write checkpoints, and what they depend on.
+
+    Args:
+        config: resolved settings.
+        task: ready to train.
+        processes: of this training.
+        resume: from `find_resume`.
+
+    Returns:
+        For `dreamrie.trainer.train`.
+    """
+    output = config.output
+    if not output.checkpointing_steps and resume is None:
+        return Checkpoints(every=None)
+    versions = package_versions()
+    facts = {
+        SETTINGS: to_yaml(config),
+        "the content of the pictures and captions": picture_fingerprint(task),
+        "the weights of the base model": base_fingerprint(task.model)[:16],
+        "the number of processes": str(processes),
+        "the device": task.components.device.type,
+        "versions": ", ".join(
+            f"{name} {versions[name]}" for name in ("torch", "diffusers", "peft")
+        ),
+        "threads": f"{torch.get_num_threads()} on {platform.machine()}",
+    }
+    return Checkpoints(
+        every=output.checkpointing_steps or None,
+        limit=output.checkpoints_total_limit or None,
+        facts=facts,
+        resume=resume,
+    )
+
+
+def picture_fingerprint(task: DreamBoothTask) -> str:
+    """Digest of what is trained on, wherever it lies: names and bytes of the files, and their prompts.
+
+    Args:
+        task: any.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    rows = [
+        (path.name, _sha256(path), prompt)
+        for pictures in task.concept.sets
+        for path, prompt in zip(pictures.paths, pictures.prompts, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    """Digest of a file, a piece at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
