@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+import dreamrie.__main__ as dreamrie_command
 from dreamrie.config import build_parser, parse_config
 from eval.__main__ import make_parser
 from eval.encoders import NAMES
@@ -77,6 +78,14 @@ def test_each_scoring_command_is_accepted() -> None:
         assert named <= set(NAMES)
 
 
+def test_each_command_on_files_is_accepted() -> None:
+    """The command lines of `python -m dreamrie` parse."""
+    tools = [words for words in commands() if words[1:3] == ["-m", "dreamrie"]]
+    assert tools
+    for words in tools:
+        assert dreamrie_command.make_parser().parse_args(words[3:]).command == words[3]
+
+
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     """Every flag that a command line knows, those of its commands included."""
     known = set(parser._option_string_actions)
@@ -87,9 +96,10 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def test_each_flag_in_the_prose_exists() -> None:
-    """A flag in backticks is known to the training or to the scores."""
+    """A flag in backticks is known to the training, to the scores or to the commands on files."""
     flags = set(re.findall(r"`(--[a-z_\-]+)", README))
     known = flags_of(build_parser()) | flags_of(make_parser())
+    known |= flags_of(dreamrie_command.make_parser())
     assert "--optimizer" in flags
     assert "--never_there" not in known
     assert {
