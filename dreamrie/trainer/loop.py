@@ -132,9 +132,11 @@ class _Loop:
         elif self.settings.max_grad_norm is not None:
             limit = self.settings.max_grad_norm
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm.to(loss))
-        if skip is None or self.accelerator.scaler is not None:
-            # With a loss scale this step does nothing but lower the scale when it overflowed.
+        if skip is None:
             self.stepper.step()
+        elif self.accelerator.scaler is not None:
+            # Nothing but the scale moves, and that only if it was what overflowed.
+            self.accelerator.scaler.update()
         self.stepper.zero_grad()
         self.set_learning_rate(step)
         duration = time.perf_counter() - started

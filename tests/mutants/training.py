@@ -20,6 +20,7 @@ from tests.properties import test_trainer_laws as laws
 from tests.properties import test_trainer_messages_laws as messages
 
 _Loop = loop._Loop
+_step = _Loop.step
 _set_rate, _save, _run, _guard = _Loop.set_learning_rate, _Loop.save, _Loop.run, _Loop.guard
 
 
@@ -116,12 +117,35 @@ def names_every_micro_batch(self: Any, step: int, skip: str | None, facts: str) 
     _guard(self, step, skip, facts)
 
 
+class SteppingScaler:
+    """A loss scale that lets the optimizer step where only the scale should move."""
+
+    def __init__(self, scaler: Any, stepper: Any) -> None:
+        self._scaler, self.update = scaler, stepper.step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scaler, name)
+
+
+def steps_whenever_there_is_a_scale(self: Any, step: int) -> None:
+    scaler = self.accelerator.scaler
+    if not isinstance(scaler, SteppingScaler):
+        self.accelerator.scaler = SteppingScaler(scaler, self.stepper)
+    _step(self, step)
+
+
 MUTANTS = [
     Mutant(
         name="every micro-batch named",
         law=messages.law_n1_a_bad_step_names_its_batch_and_layer,
         broken=lambda: broken_loop(guard=names_every_micro_batch),
         why="the user looks at the wrong pictures",
+    ),
+    Mutant(
+        name="a bad loss stepped on under a loss scale",
+        law=messages.law_n1_a_bad_loss_with_good_gradients_moves_nothing,
+        broken=lambda: broken_loop(step=steps_whenever_there_is_a_scale),
+        why="finite gradients of a broken loss are no gradients",
     ),
     Mutant(
         name="no layer named",

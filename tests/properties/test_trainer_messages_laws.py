@@ -1,4 +1,4 @@
-"""N1: what the loop says about a step that it skipped."""
+"""N1: a step that is skipped moves nothing, also under a loss scale, and the loop says what was in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreamrie.errors import NumericalError
 from dreamrie.trainer import loop
-from tests.properties.test_trainer_laws import folder
+from tests.properties.test_trainer_laws import folder, loss_scale
 from tests.small_task import SmallTask, train_small
 
 
@@ -60,3 +60,26 @@ def law_n1_a_bad_step_names_its_batch_and_layer(impl: Any) -> None:
 
 def test_a_bad_step_names_its_batch_and_layer() -> None:
     law_n1_a_bad_step_names_its_batch_and_layer(loop)
+
+
+def law_n1_a_bad_loss_with_good_gradients_moves_nothing(impl: Any) -> None:
+    """Its gradients are finite, so no loss scale would notice; the scale itself stays, too."""
+
+    def spoil(step: int, loss: Tensor) -> Tensor:
+        return loss + torch.tensor(float("nan")) if step == 3 else loss
+
+    ends = []
+    for steps in (2, 3):
+        task = SmallTask(spoil=spoil)
+        with folder() as where, loss_scale(2.0**4) as accelerator:
+            outcome = train_small(impl, where, task, accelerator=accelerator, max_steps=steps)
+            assert accelerator.scaler.get_scale() == 2.0**4
+        ends.append(task.factors())
+    assert [record["skipped"] for record in outcome.steps] == [None, None, "loss"]
+    start = SmallTask().factors()
+    assert max(float((a - b).abs().max()) for a, b in zip(ends[0], start, strict=True)) > 1e-3
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_a_bad_loss_with_good_gradients_moves_nothing() -> None:
+    law_n1_a_bad_loss_with_good_gradients_moves_nothing(loop)
