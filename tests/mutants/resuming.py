@@ -17,7 +17,7 @@ import torch
 
 from dreamrie import checkpoint, runlog
 from dreamrie.errors import CheckpointError
-from dreamrie.trainer import loop
+from dreamrie.trainer import loop, saving
 from dreamrie.trainer.saving import Progress, Saver
 from tests import test_checkpoint as files
 from tests import test_checkpoint_crashes as crashes
@@ -54,6 +54,13 @@ def in_files(owner: Any = checkpoint, **wrong: Any) -> Iterator[Any]:
         yield checkpoint
 
 
+@contextmanager
+def in_saving(**wrong: Any) -> Iterator[Any]:
+    """Yield the module of the saver with wrong methods of it."""
+    with replaced(Saver, **wrong):
+        yield saving
+
+
 # ---------------------------------------------------------------------------- what is restored
 
 
@@ -79,6 +86,15 @@ def adapter_not_restored(self: Any, found: Any) -> Any:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
     return result
+
+
+def loss_scale_not_restored(self: Any, found: Any) -> Any:
+    scaler = self.accelerator.scaler
+    self.accelerator.scaler = None
+    try:
+        return _restore(self, found)
+    finally:
+        self.accelerator.scaler = scaler
 
 
 def scorer_not_restored(self: Any, found: Any) -> Any:
@@ -268,6 +284,12 @@ MUTANTS = [
         loop,
         "what ran before decides",
         own_random_stream=lambda device, seed: nullcontext(),
+    ),
+    Mutant(
+        "resume without loss scale",
+        laws.law_c1_the_loss_scale_comes_back,
+        lambda: in_saving(restore=loss_scale_not_restored),
+        "the first steps after it overflow",
     ),
     Mutant(
         "resume with other pictures",

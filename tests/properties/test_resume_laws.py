@@ -21,7 +21,9 @@ from dreamrie.checkpoint import find_checkpoint, list_checkpoints
 from dreamrie.errors import CheckpointError
 from dreamrie.optimizers import build_optimizer
 from dreamrie.runlog import RunLog
-from dreamrie.trainer import Checkpoints, LoopSettings, TrainResult, Verdict, loop
+from dreamrie.trainer import Checkpoints, LoopSettings, TrainResult, Verdict, loop, saving
+from dreamrie.trainer.saving import Progress
+from tests.properties.test_trainer_laws import loss_scale
 from tests.small_task import SmallTask
 
 STEPS = 9
@@ -237,3 +239,27 @@ def test_a_disk_that_is_full_for_a_while_costs_no_training(
         in caplog.text
     )
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9"]
+
+
+def law_c1_the_loss_scale_comes_back(impl: Any) -> None:
+    """fp16 finds its scale by overflowing; a run that goes on must not begin to look for it again."""
+    with folders() as (folder, _):
+        scales = []
+        for initial, resume in ((2.0**20, None), (2.0**4, "latest")):
+            task = SmallTask(batch_size=3)
+            optimizer = build_optimizer("riemannion", task.pairs, lr=0.05)
+            found = None if resume is None else find_checkpoint(folder, resume)
+            records = None if found is None else found.state["records"]
+            with loss_scale(initial) as accelerator, RunLog(folder, 4, resume=records) as log:
+                saver = impl.Saver(task, optimizer, accelerator, log, None, Checkpoints(1))
+                if found is None:
+                    accelerator.scaler.scale(torch.ones(()))  # a scale is only made when it is used
+                    saver.write(Progress(step=1), None)
+                else:
+                    saver.restore(found)
+                scales.append(accelerator.scaler.state_dict()["scale"])
+        assert scales == [2.0**20, 2.0**20]
+
+
+def test_the_loss_scale_comes_back() -> None:
+    law_c1_the_loss_scale_comes_back(saving)
