@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch as _torch  # noqa: F401  every public name needs it; loading it here makes the cost visible
 
 if TYPE_CHECKING:
+    from dreamrie.adapter_reading import LoadedAdapter, load_adapter
     from dreamrie.errors import (
         AdapterError,
         CheckpointError,
@@ -45,6 +46,7 @@ __all__ = [
     "ConfigError",
     "DreamrieError",
     "ImageError",
+    "LoadedAdapter",
     "LoiReport",
     "LoraPair",
     "NumericalError",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "attach_lora",
     "inner_product",
+    "load_adapter",
     "locally_optimal_init",
     "lora_pairs",
     "point_from_factors",
@@ -69,6 +72,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DreamrieError": "errors",
     "ImageError": "errors",
+    "LoadedAdapter": "adapter_reading",
     "LoiReport": "loi",
     "LoraPair": "lora",
     "NumericalError": "errors",
@@ -77,6 +81,7 @@ _HOMES = {
     "Tangent": "fixed_rank",
     "attach_lora": "lora",
     "inner_product": "fixed_rank",
+    "load_adapter": "adapter_reading",
     "locally_optimal_init": "loi",
     "lora_pairs": "lora",
     "point_from_factors": "fixed_rank",

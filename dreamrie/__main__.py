@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
-from dreamrie.commands import convert, diff, info, merge, truncate
-from dreamrie.diffusion import doctor
 from dreamrie.errors import DreamrieError
 from dreamrie.runlog import exit_code, start_logging
 
-COMMANDS: dict[str, ModuleType] = {
-    "doctor": doctor,
-    "info": info,
-    "convert": convert,
-    "truncate": truncate,
-    "merge": merge,
-    "diff": diff,
+COMMANDS = {
+    "doctor": "dreamrie.diffusion.doctor",
+    "info": "dreamrie.commands.info",
+    "convert": "dreamrie.commands.convert",
+    "truncate": "dreamrie.commands.truncate",
+    "merge": "dreamrie.commands.merge",
+    "diff": "dreamrie.commands.diff",
 }
-"""Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code."""
+"""Modules with `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The commands and their flags."""
+def make_parser(names: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The commands and their flags.
+
+    Args:
+        names: of the commands to know. Their modules are imported, and that of pictures need not wait for PEFT.
+
+    Returns:
+        The parser, which sets `run` to what the command does.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m dreamrie",
         description="Tools around training. Training itself is train_dreambooth.py.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, module in COMMANDS.items():
+    for name in names:
+        module = importlib.import_module(COMMANDS[name])
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
+        command.set_defaults(run=module.run)
         command.add_argument(
             "-v", "--verbose", action="store_true", help="say where an error happened"
         )
@@ -49,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 something needs attention, 2 something given cannot work, 130 stopped by Ctrl-C.
     """
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser(words[:1] if words and words[0] in COMMANDS else tuple(COMMANDS))
+    options = parser.parse_args(words)
     if options.command is None:
         parser.print_help()
         return 2
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A file name in another script must not end a command whose output goes into an old code page.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code: int = COMMANDS[options.command].run(options)
+        code: int = options.run(options)
     except (DreamrieError, KeyboardInterrupt) as error:
         return exit_code(error, options.verbose)
     return code

@@ -24,7 +24,7 @@ from dreamrie import adapter_file
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS, sample
 from dreamrie.diffusion.source import quiet_libraries
 from dreamrie.errors import AdapterError
-from dreamrie.lora import LoraPair, attach_lora, lora_pairs
+from dreamrie.lora import LoraPair, LowRank, attach_lora, change_of, lora_pairs
 from tests.small_models import small_components, small_folder
 
 BUDGET = 2e-6  # fp32, relative to the largest output
@@ -237,7 +237,11 @@ def test_header_tells_what_the_file_is(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     # No `lora_adapter_metadata`: diffusers would take it for the settings of the layers.
-    assert header == {"format": "pt", "rank_trained": "3", "rank_exported": "6", **facts}
+    layers = header.pop("dreamrie_layers").split("\n")
+    assert layers == sorted(pair.name for pair in pairs)
+    assert len(header.pop("dreamrie_digest")) == 64
+    own = {"format": "pt", "dreamrie_format": "2", "rank_trained": "3", "rank_exported": "6"}
+    assert header == {**own, **facts}
 
 
 def test_layers_of_unequal_rank_get_one(tmp_path: Path) -> None:
@@ -305,6 +309,68 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="taken"):
         adapter_file.save_diffusers_lora(target, pairs, {})
     assert target.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_file_that_is_written_again_is_the_same_file(tmp_path: Path) -> None:
+    """What was read goes back byte for byte; facts about how it was stored in between do not stay."""
+    _, pairs = trained("sd15")
+    first = adapter_file.save_diffusers_lora(tmp_path, pairs, {"init": "loi"})
+    tensors = load_file(first)
+    changes = {
+        pair.name: LowRank(*(tensors[f"unet.{pair.name}.lora_{part}.weight"] for part in "BA"))
+        for pair in pairs
+    }
+    with safe_open(first, framework="pt") as file:
+        facts = file.metadata()
+    passing = {
+        "lora_adapter_metadata": "{}",
+        "ss_v2": "True",
+        "singular_values": "1",
+        "rank_exported": "9",
+    }
+    second = adapter_file.save_diffusers(tmp_path / "x.safetensors", changes, {**facts, **passing})
+    assert second == tmp_path / "x.safetensors"
+    assert second.read_bytes() == first.read_bytes()
+    third = adapter_file.save_diffusers(tmp_path / "folder", changes, facts)
+    assert third == tmp_path / "folder" / adapter_file.DIFFUSERS_FILE
+
+
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_half_precision_is_balanced_before_the_cast(
+    dtype: torch.dtype, bar: float, tmp_path: Path
+) -> None:
+    """A11 for changes as they lie in memory: [X | -X0], a short way from the start."""
+    parts = small_components("sd2-eps")
+    pairs = attach_lora(parts.unet, 2, ATTENTION_TARGETS, init="orthonormal")
+    train_by_hand(pairs, size=0.01)
+    changes = {pair.name: change_of(pair) for pair in pairs}
+    tensors = load_file(adapter_file.save_diffusers(tmp_path, changes, {}, dtype=dtype))
+    for pair in pairs:
+        left, right = (tensors[f"unet.{pair.name}.lora_{part}.weight"] for part in "BA")
+        assert left.dtype == right.dtype == dtype
+        wanted = changes[pair.name].dense()
+        lost = float((left.double() @ right.double() - wanted).norm() / wanted.norm())
+        assert lost < bar, pair.name
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "said"),
+    [
+        ([[1.0]], [[1.0], [2.0]], "do not multiply"),
+        ([[math.nan]], [[1.0]], "layer 'a': .* not finite"),
+        ([[0.0]], [[1.0]], "no layer has changed"),
+        ([[1e40]], [[1.0]], "overflows fp32"),
+    ],
+)
+def test_changes_that_are_none_are_not_written(
+    left: list[list[float]], right: list[list[float]], said: str, tmp_path: Path
+) -> None:
+    change = LowRank(*(torch.tensor(rows, dtype=torch.float64) for rows in (left, right)))
+    with pytest.raises(AdapterError, match=said):
+        adapter_file.save_diffusers(tmp_path, {"a": change}, {})
+    with pytest.raises(AdapterError, match="no adapted layer"):
+        adapter_file.save_diffusers(tmp_path, {}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_small_unet_is_the_real_class() -> None:

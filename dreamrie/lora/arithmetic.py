@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamrie.errors import ConfigError, NumericalError
+from dreamrie.fixed_rank import Point
 from dreamrie.lora.pairs import LoraPair
 
 _log = logging.getLogger(__name__)
@@ -57,17 +58,38 @@ def balance(change: LowRank, *, rank: int | None = None, drop_below: float = 0.0
         raise ConfigError(f"rank must be at least 1, got {rank}.")
     if not (bool(left.isfinite().all()) and bool(right.isfinite().all())):
         raise NumericalError("a LoRA factor holds values that are not finite; nothing to export.")
+    point = _thin_svd(left, right)
+    keep = len(point.s) if rank is None else min(rank, len(point.s))
+    if drop_below > 0.0:
+        keep = max(1, min(keep, int((point.s > drop_below * point.s[0]).sum())))
+    if rank is not None and float(point.s[0]) > 0.0:
+        _log.info("truncated to rank %d: %.4f of the energy kept", keep, kept_energy(point.s, keep))
+    return first_terms(point, keep)
+
+
+def _thin_svd(left: Tensor, right: Tensor) -> Point:
+    """Thin SVD of left @ right from two thin QRs and the SVD of the small core."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    keep = len(s) if rank is None else min(rank, len(s))
-    if drop_below > 0.0:
-        keep = max(1, min(keep, int((s > drop_below * s[0]).sum())))
-    total = float((s**2).sum())
-    if rank is not None and total > 0.0:
-        _log.info("truncated to rank %d: %.4f of the energy kept", keep, kept_energy(s, keep))
-    root = s[:keep].sqrt()
-    return LowRank((q_left @ u[:, :keep]) * root, root[:, None] * (vh[:keep] @ q_right.T))
+    return Point(q_left @ u, s, q_right @ vh.T)
+
+
+def first_terms(point: Point, rank: int) -> LowRank:
+    """The first terms of an SVD as balanced factors U sqrt(S) and sqrt(S) V^T.
+
+    By Eckart and Young this is the best approximation of that rank in the Frobenius norm, which is the metric
+    projection on the matrices of at most that rank.
+
+    Args:
+        point: u (out, k), s (k,) descending, v (in, k).
+        rank: how many terms to keep; more than there are keeps all.
+
+    Returns:
+        left (out, rank) and right (rank, in).
+    """
+    root = point.s[:rank].sqrt()
+    return LowRank(point.u[:, :rank] * root, root[:, None] * point.v[:, :rank].T)
 
 
 def _exact(tensor: Tensor) -> Tensor:

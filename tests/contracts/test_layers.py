@@ -18,16 +18,21 @@ from tests.contracts.sources import (
 
 ROWS = (
     {"errors", "files"},
-    {"fixed_rank", "config", "checkpoint", "runlog"},
-    {"riemannion_layers"},
+    {"fixed_rank", "config", "checkpoint", "run_folder"},
+    {"riemannion_layers", "runlog"},
     {"riemannion_checks"},
     {"riemannion", "loi"},
     {"lora"},
     {"optimizers", "adapter_file"},
+    {"adapter_universal", "adapter_peft"},
+    {"adapter_container", "adapter_flat"},
+    {"adapter_names"},
+    {"adapter_reading"},
+    {"adapter_open"},
     {"trainer"},
-    {"diffusion", "llm"},
+    {"diffusion", "llm", "commands"},
     {"eval"},
-    {"app", "benchmarks", "examples", "train_dreambooth", "tools"},
+    {"app", "benchmarks", "examples", "train_dreambooth", "tools", "__main__"},
 )
 RANK = {unit: row for row, units in enumerate(ROWS) for unit in units}
 PUBLIC_FACE = "__init__"
@@ -43,6 +48,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "safetensors": ("dreamrie/adapter_file", "dreamrie/checkpoint", "eval/encoders"),
     "pydantic": ("dreamrie/config",),
     "yaml": ("dreamrie/config",),
+    "filelock": ("dreamrie/run_folder",),
     "tqdm": ("dreamrie/runlog",),
     "tensorboard": ("dreamrie/runlog",),
     "open_clip": ("eval/encoders",),

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dreamrie import adapter_file
 from dreamrie.adapter_file import save_diffusers_lora
+from dreamrie.adapter_open import open_adapter
+from dreamrie.adapter_peft import save_peft
 from dreamrie.diffusion import adapters
 from dreamrie.diffusion.adapters import adapter_off, load_saved_adapter, remove_adapter
 from dreamrie.diffusion.components import Components
@@ -65,6 +67,21 @@ def test_the_adapter_is_the_trained_model_and_frozen(saved: Path) -> None:
     with adapter_off(parts):
         pass
     assert not any(parameter.requires_grad for parameter in parts.unet.parameters())
+
+
+def test_a_peft_folder_is_the_same_adapter(saved: Path, tmp_path: Path) -> None:
+    """Diffusers does not read PEFT's folders; the pictures are those of its own file all the same."""
+    opened = open_adapter(saved)
+    save_peft(tmp_path / "peft", opened.changes, opened.facts)
+    pictures = []
+    for source in (saved, tmp_path / "peft"):
+        parts = small_components("sd2-eps")
+        assert load_saved_adapter(parts, source)["steps"] == "7"
+        assert not any(parameter.requires_grad for parameter in parts.unet.parameters())
+        pictures.append(np.asarray(draw(parts)[0], int))
+    base = np.asarray(draw(small_components("sd2-eps"))[0], int)
+    assert np.abs(pictures[0] - base).max() > 8
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_switched_off_or_removed_the_model_is_its_base_to_the_bit(saved: Path) -> None:

@@ -1,0 +1,313 @@
+"""Load an adapter file onto a model completely, or refuse it with a reason and leave the model as it was.
+
+What is checked, in this order, before the model is touched:
+
+1. the file accounts for each of its bytes (`dreamrie.adapter_container`);
+2. the model carries no adapter yet;
+3. every tensor has a place in the model and the shape for it, every layer has both factors, no layer is missing;
+4. the digest: no value, name, type or fact was changed since dreamrie wrote the file;
+5. every value is finite, also in the precision of the model;
+6. the fingerprint: the model has the base weights that the file was trained on.
+
+A file without digest is *foreign*. Points 1, 2, 3 and 5 hold for it all the same; what could not be checked is logged
+as a warning and returned.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dreamrie.adapter_container import Container, open_container
+from dreamrie.adapter_file import (
+    BASE_KEY,
+    DIGEST_KEY,
+    FORMAT,
+    FORMAT_KEY,
+    LAYERS_KEY,
+    content_digest,
+)
+from dreamrie.adapter_names import arrange, foreign_scalings
+from dreamrie.errors import AdapterError, ConfigError
+from dreamrie.lora import LoraPair, LowRank
+from dreamrie.lora.fingerprint import rounded_fingerprints
+from dreamrie.lora.place import adapted_layer, factor_shapes, largest_rank, place_lora
+
+_log = logging.getLogger(__name__)
+
+_MARKS = (FORMAT_KEY, LAYERS_KEY, BASE_KEY)
+# What PEFT and torch raise about a model that they cannot adapt.
+_PLACE_ERRORS = (
+    ConfigError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+)
+
+
+@dataclass(frozen=True)
+class AdapterContents:
+    """A file that fits a model.
+
+    Attributes:
+        path: the file.
+        facts: text of its header.
+        changes: path of each layer in the model to its factors, in the type of the file.
+        scalings: what each product counts.
+        unchecked: what the file gave no means to check, in words; empty for a file of dreamrie that names its base.
+    """
+
+    path: Path
+    facts: dict[str, str]
+    changes: dict[str, LowRank]
+    scalings: dict[str, float]
+    unchecked: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter on a model.
+
+    Attributes:
+        pairs: one for each layer, plain (without anchor), trainable; for an optimizer, or to save again.
+        facts: text of the file's header, such as `base_model` and `instance_prompt`.
+        unchecked: what the file gave no means to check, in words; empty for a file of dreamrie that names its base.
+    """
+
+    pairs: list[LoraPair]
+    facts: dict[str, str]
+    unchecked: tuple[str, ...]
+
+
+def load_adapter(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    adapter_name: str = "default",
+    other_base: bool = False,
+) -> LoadedAdapter:
+    """Put the adapter of a file on a model: all of it, or nothing and an error.
+
+    As after `attach_lora`, only adapter parameters require gradients then. A file of dreamrie holds the change
+    X - X0 as one product of rank 2r, so the pairs are plain ones of rank 2r: training goes on from the same function,
+    not from the same point and anchor (a checkpoint does that).
+
+    Args:
+        model: a diffusers U-Net, or any module whose layers the file names; carries no adapter.
+        path: file of dreamrie (for diffusers, or universal), or a plain LoRA file of diffusers, PEFT or kohya; or the
+            folder that holds `pytorch_lora_weights.safetensors` or PEFT's `adapter_model.safetensors`, whose settings
+            are then read too.
+        adapter_name: name of the adapter in PEFT.
+        other_base: accept that the base weights are not those that the adapter was trained on; this is logged.
+
+    Returns:
+        The pairs, what the file says about itself, and what could not be checked.
+
+    Raises:
+        AdapterError: the file is missing, damaged, changed, incomplete, not finite, made for another model or for
+            other base weights, or the model carries an adapter. The model is as it was, to the bit.
+        ConfigError: `adapter_name` cannot be a name.
+    """
+    if not adapter_name or "." in adapter_name:
+        raise ConfigError(f"adapter_name must be a word without dots, got {adapter_name!r}.")
+    contents = read_adapter(model, path, other_base=other_base)
+    try:
+        pairs = place_lora(model, contents.changes, contents.scalings, adapter_name)
+    except _PLACE_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise AdapterError(
+            f"the adapter {contents.path} does not fit the model {type(model).__name__}: {reason}. The model is as it "
+            "was; give the model that the adapter was trained on."
+        ) from error
+    return LoadedAdapter(pairs, contents.facts, contents.unchecked)
+
+
+def read_adapter(
+    model: nn.Module, path: Path | str, *, other_base: bool = False
+) -> AdapterContents:
+    """Read a file and check it against a model, which is not touched.
+
+    Args:
+        model: carries no adapter.
+        path: see `load_adapter`.
+        other_base: see `load_adapter`.
+
+    Returns:
+        Factors that fit the model.
+
+    Raises:
+        AdapterError: see `load_adapter`.
+    """
+    container = open_container(path)
+    _check_free(model, container.path)
+    has_digest = _check_format(container)
+    places = arrange(container, model)
+    if has_digest:
+        _check_layers(container, set(places.factors))
+    _check_shapes(container, model, places.factors)
+    # The values come last: only now is it known that they belong to tensors of the right shapes.
+    tensors = container.tensors()
+    if has_digest and content_digest(tensors, container.facts) != container.facts[DIGEST_KEY]:
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: its digest differs from the one in its header, so a value or a "
+            "fact was changed since it was written. Copy or train it again."
+        )
+    changes = {
+        layer: LowRank(tensors[up], tensors[down]) for layer, (up, down) in places.factors.items()
+    }
+    _check_finite(container.path, model, changes, places.factors)
+    scalings, unknown = foreign_scalings(container, places, tensors)
+    unchecked = _check_base(model, container, other_base)
+    if not has_digest:
+        unchecked = (
+            "whether the file is whole and unchanged (it has no digest of dreamrie)",
+            *unchecked,
+            *unknown,
+        )
+    if unchecked:
+        _log.warning("%s: could not be checked: %s", container.path, "; ".join(unchecked))
+    return AdapterContents(container.path, container.facts, changes, scalings, unchecked)
+
+
+def _check_free(model: nn.Module, path: Path) -> None:
+    place = adapted_layer(model)
+    if place is not None:
+        raise AdapterError(
+            f"the adapter {path} is not loaded: the model carries an adapter already (at {place}); remove it first, "
+            "or load onto a fresh copy of the base model."
+        )
+
+
+def _check_format(container: Container) -> bool:
+    """Whether the file has a digest; one that must have one has it."""
+    facts = container.facts
+    version = facts.get(FORMAT_KEY, FORMAT)
+    if version != FORMAT:
+        raise AdapterError(
+            f"the adapter {container.path} is of format {version!r}, and this dreamrie reads {FORMAT!r}. Use the "
+            "dreamrie that wrote it, or copy the file again if it is damaged."
+        )
+    marks = [key for key in facts if key.startswith(_MARKS)]
+    if DIGEST_KEY in facts and (FORMAT_KEY not in facts or LAYERS_KEY not in facts):
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: its header has a digest but lacks {FORMAT_KEY} or {LAYERS_KEY}. "
+            "Copy it again."
+        )
+    if marks and DIGEST_KEY not in facts:
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: its header has {marks[0]} but no {DIGEST_KEY}, which was "
+            "removed or renamed. Copy it again."
+        )
+    return DIGEST_KEY in facts
+
+
+def _check_layers(container: Container, found: set[str]) -> None:
+    """A file of dreamrie names its layers, so that whole layers cannot get lost unnamed."""
+    promised = set(container.facts[LAYERS_KEY].split("\n"))
+    lost = [f"{name}.{part}" for name in sorted(promised - found) for part in ("lora_A", "lora_B")]
+    if lost:
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: {len(lost)} of {2 * len(promised)} tensors are missing: "
+            f"{_few(lost)}. Copy it again."
+        )
+
+
+def _check_shapes(
+    container: Container, model: nn.Module, factors: Mapping[str, tuple[str, str]]
+) -> None:
+    for layer, (up, down) in factors.items():
+        found = container.entries[up].shape, container.entries[down].shape
+        rank = found[1][0] if found[1] else 0
+        try:
+            wanted = factor_shapes(model, layer, rank)
+        except ConfigError as error:
+            raise AdapterError(
+                f"the adapter {container.path} does not fit the model: {error}"
+            ) from error
+        for name, shape, right in zip((down, up), found[::-1], wanted[::-1], strict=True):
+            if shape != right:
+                raise AdapterError(
+                    f"the adapter {container.path} does not fit the model {type(model).__name__}: size mismatch: "
+                    f"{name} has shape {shape}, layer {layer} needs {right} for rank {rank}. Give the base model that "
+                    "it was trained on."
+                )
+    _check_rank(
+        container,
+        model,
+        {layer: container.entries[down].shape[0] for layer, (_, down) in factors.items()},
+    )
+
+
+def _check_rank(container: Container, model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """A file may pad its narrow layers to the rank of the others; more than that only costs memory."""
+    layer, largest = max(ranks, key=lambda name: ranks[name]), largest_rank(model)
+    if ranks[layer] > largest:
+        raise AdapterError(
+            f"the adapter {container.path} does not fit the model {type(model).__name__}: layer {layer} has rank "
+            f"{ranks[layer]}; allowed is 1 to {largest}, what the largest layer of the model can have. Give the base "
+            "model that it was trained on."
+        )
+
+
+def _check_finite(
+    path: Path,
+    model: nn.Module,
+    changes: Mapping[str, LowRank],
+    names: Mapping[str, tuple[str, str]],
+) -> None:
+    for layer, change in changes.items():
+        base: Any = model.get_submodule(layer)
+        precision = base.weight.dtype
+        for name, tensor in zip(names[layer], change, strict=True):
+            if not bool(tensor.isfinite().all()):
+                raise AdapterError(
+                    f"the adapter {path} holds values that are not finite (NaN or infinity): {name}. It draws nothing "
+                    "but black; train again."
+                )
+            if not bool(tensor.to(precision).isfinite().all()):
+                raise AdapterError(
+                    f"the adapter {path}: {name} overflows {precision}, the precision of layer {layer}. Load the "
+                    "model in fp32 or bf16."
+                )
+
+
+def _check_base(model: nn.Module, container: Container, other_base: bool) -> tuple[str, ...]:
+    """Compare fingerprints of the base weights; returns what could not be compared."""
+    facts = container.facts
+    wanted = {k.removeprefix(BASE_KEY): v for k, v in facts.items() if k.startswith(BASE_KEY)}
+    if not wanted:
+        return ("whether the model has the base weights that it was trained on (it names none)",)
+    found = rounded_fingerprints(model)
+    common = sorted(set(wanted) & set(found))
+    if any(wanted[kind] == found[kind] for kind in common):
+        return ()
+    trained_on = facts.get("base_model") or "another base model"
+    if common:
+        text = (
+            f"its base weights ({trained_on}) are not those of the model: the fingerprint differs"
+        )
+    else:
+        text = (
+            f"its base weights ({trained_on}) were rounded to {' or '.join(wanted)}, the model's to "
+            f"{' or '.join(found)}, so fingerprints cannot be compared (a model loaded in float32 can be)"
+        )
+    if other_base:
+        _log.warning("%s: %s; loaded because other_base=True", container.path, text)
+        return (f"whether it draws what it was trained to: {text}",)
+    raise AdapterError(
+        f"the adapter {container.path} is not loaded: {text}. Load the base model that it was trained on, or pass "
+        "other_base=True if another base is what you want."
+    )
+
+
+def _few(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
