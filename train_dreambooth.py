@@ -19,6 +19,7 @@ from dreamrie.config import TrainConfig, is_verbose, parse_config, to_yaml
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.images import check_images
+from dreamrie.diffusion.model_card import leave_card
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS
 from dreamrie.diffusion.prepare import (
     check_request,
@@ -106,7 +107,7 @@ def make_scorer(config: TrainConfig, task: DreamBoothTask, is_main: bool) -> Sco
 
 def run(config: TrainConfig, command: Sequence[str]) -> bool:
     """Train, or only say what training would do; returns whether it came to its end."""
-    resume = find_resume(config)
+    resume, config = find_resume(config)
     accelerator = make_accelerator(config.schedule.mixed_precision)
     if accelerator.is_main_process:
         check_not_in_use(config.output.output_dir)
@@ -129,6 +130,7 @@ def run(config: TrainConfig, command: Sequence[str]) -> bool:
         result = train(task, optimizer, loop, log, accelerator, scorer, plan)
     if folder and result.saved:
         logger.info("%s", result.summary(folder))
+        leave_card(folder)
     return not result.interrupted
 
 

@@ -93,26 +93,28 @@ def write_checkpoint(run: Path, step: int, state: Mapping[str, Any]) -> Path:
         raise CheckpointError(
             f"{path.name} cannot be written: {error}\n"
             f"  where: {path}, which needs {need:,} bytes; {_free(run)} are free\n"
-            "  what to do: free space, or make the folder writable; earlier checkpoints are intact"
+            "  what to do: free space, raise the quota or limit of the system, or make the folder writable; earlier "
+            "checkpoints are intact"
         ) from error
     return path
 
 
-def check_space(run: Path, state: Mapping[str, Any]) -> None:
-    """Say before training whether two checkpoints would fit: the old one goes only when the new one is there.
+def check_space(run: Path, state: Mapping[str, Any], copies: int = 2) -> None:
+    """Say before training whether its checkpoints would fit: an old one goes only when the new one is there.
 
     Args:
         run: output folder of the run; it exists.
         state: as it is before the first step.
+        copies: how many there are at most at one time.
 
     Raises:
         CheckpointError: there is too little room.
     """
-    need = 2 * sum(map(len, _contents(0, state).values()))
+    need = copies * sum(map(len, _contents(0, state).values()))
     free = shutil.disk_usage(run).free
     if free < need:
         raise CheckpointError(
-            f"there is too little room for checkpoints: two need {need:,} bytes, {free:,} are free\n"
+            f"there is too little room for checkpoints: {copies} need {need:,} bytes, {free:,} are free\n"
             f"  where: {run}\n"
             "  what to do: free space, name another --output_dir, or give --checkpointing_steps 0"
         )
@@ -149,6 +151,10 @@ def find_checkpoint(run: Path, wanted: str) -> Checkpoint:
     known = list_checkpoints(run)
     names = ", ".join(path.name for path in known) or "none"
     if wanted != LATEST:
+        # As a shell completes it, or with the folder of the run in front.
+        given = Path(wanted)
+        if given.parent in (Path(), run) or given.parent.absolute() == run.absolute():
+            wanted = given.name
         if not _NAME.fullmatch(wanted) or run / wanted not in known:
             raise CheckpointError(
                 f"there is no checkpoint {wanted!r}\n"

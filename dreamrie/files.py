@@ -9,9 +9,9 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 # What a file system answers that cannot sync a folder, such as some network drives; the rename still happened.
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
@@ -75,21 +75,44 @@ def commit_folder(path: Path, contents: Mapping[str, bytes]) -> None:
     sync_folder(path.parent)
 
 
-def sync_stream(stream: IO[str]) -> int:
-    """Bring what was written to an open file onto the disk.
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder under another name to write into, which gets its own name when all of it is on the disk.
 
     Args:
-        stream: open for writing.
+        path: the folder to be; it does not exist, the one above it does.
 
-    Returns:
-        Length of the file in bytes.
+    Yields:
+        The folder under its temporary name.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: it cannot be written, or something has taken its name meanwhile; nothing of it is left. The same when
+            an error comes from inside.
     """
-    stream.flush()
-    os.fsync(stream.fileno())
-    return os.fstat(stream.fileno()).st_size
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}."))
+    try:
+        yield temporary
+        # mkdtemp gives a folder that its owner alone may enter, and some writers files that he alone may read.
+        open_to = ~_umask()
+        temporary.chmod(0o777 & open_to)
+        for place in sorted(temporary.rglob("*")):
+            if place.is_dir():
+                sync_folder(place)
+            else:
+                place.chmod(0o666 & open_to)
+                _sync_file(place)
+        sync_folder(temporary)
+        # On POSIX a rename replaces an empty folder, and nothing else.
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def _sync_file(path: Path) -> None:
+    # Windows syncs only what is open for writing.
+    with path.open("r+b") as stream:
+        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,14 +17,16 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 LOCK = ".lock"
-# What a run writes, beside its checkpoints. The last two mark a folder that holds one, so they are the last to be
-# moved away.
+CARD = "README.md"
+# These mark a folder that holds a run, so they are the last to be moved away.
+MARKS = ("run.json", ADAPTER)
+# What a run writes, beside its checkpoints.
 RUN_FILES = (
     *("samples", "scored", "best", "logs"),
     *("scores.jsonl", "scores.png", "metrics.jsonl", "spectrum.jsonl"),
+    CARD,
     "config.yaml",
-    "run.json",
-    ADAPTER,
+    *MARKS,
 )
 
 
@@ -61,7 +63,9 @@ def check_output_dir(folder: Path) -> None:
     try:
         while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
             existing = existing.parent
-        if not existing.is_dir():
+        if existing.is_symlink() and not existing.exists():
+            reason = f"{existing} is a link that leads nowhere"
+        elif not existing.is_dir():
             reason = "it is a file" if existing == folder else f"{existing} is a file"
         elif not os.access(existing, os.W_OK | os.X_OK):
             reason = f"{existing} is read-only"
@@ -92,7 +96,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ConfigError: another run holds it.
+        ConfigError: another run holds it, or the lock cannot be opened.
     """
     lock = FileLock(_lock_of(folder), timeout=0)
     try:
@@ -102,6 +106,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
             f"another run is writing into {folder} at this moment\n"
             f"  where: --output_dir {folder}\n"
             "  what to do: wait for it, stop it, or name another folder"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"the output folder cannot be locked: {error}\n"
+            f"  where: --output_dir {folder}\n"
+            f"  what to do: remove {_lock_of(folder).name} there, or name another folder"
         ) from error
     try:
         yield
@@ -116,8 +126,9 @@ def check_not_in_use(folder: Path) -> None:
         folder: output folder; it may not exist yet.
 
     Raises:
-        ConfigError: another run is writing into it.
+        ConfigError: another run is writing into it, or it cannot be used.
     """
+    check_output_dir(folder)
     if _lock_of(folder).exists():
         with lock_folder(folder):
             pass
@@ -132,7 +143,8 @@ def folder_for_older_run(folder: Path) -> Path | None:
     Returns:
         The first of previous-1, previous-2, ... that is free; None when the folder holds no run.
     """
-    if not any((folder / name).exists() for name in RUN_FILES[-2:]):
+    signs = [folder / name for name in (*MARKS, "metrics.jsonl")]
+    if not any(path.exists() for path in [*signs, *folder.glob("checkpoint-*")]):
         return None
     number = 1
     while (folder / f"previous-{number}").exists():

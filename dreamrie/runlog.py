@@ -19,17 +19,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from dreamrie import __version__
 from dreamrie.checkpoint import sweep
 from dreamrie.errors import CheckpointError, ConfigError, DreamrieError, NumericalError
-from dreamrie.files import sync_stream
+from dreamrie.records import Record
 from dreamrie.run_folder import check_output_dir, lock_folder, move_older_run, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def exit_code(error: DreamrieError | KeyboardInterrupt, verbose: bool = False) -
         2: something given cannot work; 1: it failed on the way; 130: stopped by Ctrl-C.
     """
     if isinstance(error, KeyboardInterrupt):
-        logger.error("stopped; nothing was saved")
+        logger.error("stopped at once; what was saved before is intact")
         return 130
     logger.error("error: %s", error, exc_info=error if verbose else None)
     return 1 if isinstance(error, NumericalError | CheckpointError) else 2
@@ -148,8 +148,8 @@ class RunLog:
     ) -> None:
         self.output_dir = output_dir
         self._resume = resume
-        self._metrics: IO[str] | None = None
-        self._spectrum: IO[str] | None = None
+        self._metrics: Record | None = None
+        self._spectrum: Record | None = None
         self._board: Any = None
         self._bar: Any = None
         self._redirect, self._in_use = ExitStack(), ExitStack()
@@ -172,8 +172,9 @@ class RunLog:
             sweep(folder)
             if self._resume is None:
                 move_older_run(folder)
-            self._metrics = _open_record(folder / METRICS, self._resume)
-            self._spectrum = _open_record(folder / SPECTRUM, self._resume)
+            lengths = dict.fromkeys((METRICS, SPECTRUM)) if self._resume is None else self._resume
+            self._metrics = Record(folder / METRICS, lengths.get(METRICS, 0))
+            self._spectrum = Record(folder / SPECTRUM, lengths.get(SPECTRUM, 0))
         except OSError as error:
             raise ConfigError(
                 f"the output folder cannot be used: {error}\n"
@@ -205,12 +206,9 @@ class RunLog:
         self._in_use.close()
 
     def positions(self) -> dict[str, int]:
-        """Lengths of the records in bytes, once all of them are on the disk."""
-        found = {}
-        for name, stream in ((METRICS, self._metrics), (SPECTRUM, self._spectrum)):
-            if stream is not None and not stream.closed:
-                found[name] = sync_stream(stream)
-        return found
+        """Lengths of the records in bytes, once they are on the disk."""
+        records = [record for record in (self._metrics, self._spectrum) if record is not None]
+        return {record.path.name: record.sync() for record in records}
 
     def manifest(
         self,
@@ -295,18 +293,10 @@ class RunLog:
         """
         self._write(self._spectrum, {"step": step, **values})
 
-    def _write(self, stream: IO[str] | None, record: Mapping[str, Any]) -> None:
-        """One line, at once on its way to the disk; a full disk ends the records, not the training."""
-        if stream is None or stream.closed:
-            return
-        try:
-            stream.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
-            stream.flush()
-        except OSError as error:
-            failure = f"{stream.name} takes no more records, training goes on: {error}"
-            logger.error(failure)  # noqa: TRY400  one line, as every message
-            with suppress(OSError):  # closing writes what is left
-                stream.close()
+    def _write(self, record: Record | None, content: Mapping[str, Any]) -> None:
+        """One line."""
+        if record is not None:
+            record.add(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))
 
     def _plot(self, values: Mapping[str, Any], step: int) -> None:
         """Hand finite numbers to TensorBoard."""
@@ -314,19 +304,6 @@ class RunLog:
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(name, value, step)
-
-
-def _open_record(path: Path, resume: Mapping[str, int] | None) -> IO[str]:
-    """A record to write: empty, or cut to the length that it had at a checkpoint."""
-    if resume is None:
-        return path.open("w", encoding="utf-8")
-    length = resume.get(path.name, 0)
-    with path.open("ab") as stream:
-        there = stream.tell()
-        if there < length:
-            logger.warning("%s lacks the last %d bytes of its records", path, length - there)
-        stream.truncate(min(there, length))
-    return path.open("a", encoding="utf-8")
 
 
 def _resumed_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def law_c6_steps_are_ordered_as_numbers(impl: Any) -> None:
             "checkpoint-1000",
         ]
         assert impl.find_checkpoint(folder, "latest").step == 1000
-        assert impl.find_checkpoint(folder, "checkpoint-90").step == 90
+        for name in ("checkpoint-90", "checkpoint-90/", str(folder / "checkpoint-90")):
+            assert impl.find_checkpoint(folder, name).step == 90
 
 
 def test_steps_are_ordered_as_numbers() -> None:

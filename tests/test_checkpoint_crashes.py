@@ -158,7 +158,7 @@ def test_too_little_room_is_refused_before_training(
         if fits:
             check_space(tmp_path, state)
         else:
-            with pytest.raises(CheckpointError, match=f"two need {2 * size:,} bytes, {free:,} are"):
+            with pytest.raises(CheckpointError, match=f"2 need {2 * size:,} bytes, {free:,} are"):
                 check_space(tmp_path, state)
 
 

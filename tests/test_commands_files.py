@@ -110,7 +110,8 @@ def test_facts_that_last() -> None:
 
 def test_every_command_has_its_words(capsys: pytest.CaptureFixture[str]) -> None:
     """Help for each, and 2 for a command line that cannot be read."""
-    wanted = ["doctor", "info", "convert", "truncate", "merge", "diff"]
+    wanted = ["doctor", "info", "convert", "truncate", "merge", "diff", "verify"]
+    wanted += ["merge-into-base", "card"]
     assert list(command.COMMANDS) == wanted
     for name in wanted:
         with pytest.raises(SystemExit) as ended:

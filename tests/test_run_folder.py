@@ -74,6 +74,28 @@ def test_checkpoints_of_an_older_run_move_with_it(
     assert folder_for_older_run(tmp_path / "new") is None
 
 
+@pytest.mark.parametrize("name", ["checkpoint-12", "metrics.jsonl", "run.json"])
+def test_any_trace_of_a_run_is_moved_aside(tmp_path: Path, name: str) -> None:
+    """Without its manifest and adapter too: checkpoints of two runs must never lie side by side."""
+    path = tmp_path / name
+    path.mkdir() if name.startswith("check") else path.write_text("old")
+    RunLog(tmp_path, 3, quiet=True).close()
+    assert (tmp_path / "previous-1" / name).exists()
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_folder_that_cannot_be_locked_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ConfigError, match="the output folder cannot be locked"):
+        check_not_in_use(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="a link that leads nowhere"):
+        check_output_dir(tmp_path / "link")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        check_not_in_use(tmp_path / ("n" * 300))
+
+
 def test_what_a_killed_run_left_half_written_is_swept(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-30.x1").mkdir()
     (tmp_path / ".checkpoint-30.x1" / "state.json").write_text("half")

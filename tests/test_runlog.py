@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,19 +158,22 @@ def test_messages_stand_on_lines_of_their_own_beside_the_bar(
     ]
 
 
-def test_records_on_a_full_disk_end_with_one_message(
+def test_records_on_a_full_disk_are_told_once_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """/dev/full takes nothing; the training behind the log goes on."""
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with RunLog(tmp_path, 4, quiet=True) as log:
+        record: Any = log._metrics
+        record._file.close()
+        record._file = Path("/dev/full").open("wb", buffering=0)
         for step in range(1, 5):
             log.step(STEP | {"step": step})
             log.spectrum(step, change={"layer": [1.0]})
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
-    assert len(errors) == 1
+    assert len(errors) == 2
     assert "metrics.jsonl" in errors[0]
     assert "No space left" in errors[0]
+    assert errors[1].endswith("the last 4 lines were never written")
     assert len(lines(tmp_path / "spectrum.jsonl")) == 4
 
 

@@ -172,12 +172,20 @@ def test_a_scoring_that_fails_is_said_and_training_goes_on(
     assert "Scores of step 2 could not be made, training goes on: " in caplog.text
 
 
-def test_the_summary_says_which_step_is_the_best_and_what_it_cost() -> None:
+def test_the_summary_says_which_step_is_the_best_and_what_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "x" / "best").mkdir(parents=True)
+    adapter = tmp_path / "runs" / "x" / "best" / ADAPTER
+    adapter.write_bytes(b"")
     verdict = Verdict({}, 200, "image similarity 0.5", "settled")
     result = TrainResult(300, 0, False, True, 0.1, 60.0, 6.0, verdict)
     assert result.summary(Path("runs/x")).splitlines() == [
         "300 steps in 60 s; adapter in runs/x",
         f"{Path('runs/x/best')} holds step 200: image similarity 0.5; scoring took 6 s, 10% of the training time",
     ]
+    adapter.unlink()
+    assert "step 200 is the best, but" in result.summary(Path("runs/x"))
     nothing = TrainResult(3, 0, False, True, 0.1, 1.0, 1.0, Verdict({}, None, "", ""))
     assert "no step could be scored" in nothing.summary(Path("runs/x"))

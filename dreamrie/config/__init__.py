@@ -13,7 +13,7 @@ from dreamrie.config.reading import (
     make_config,
     parse_config,
 )
-from dreamrie.config.resume import check_same_settings
+from dreamrie.config.resume import check_same_settings, with_earlier_warmup
 from dreamrie.config.schema import (
     AdapterSettings,
     DataSettings,
@@ -50,4 +50,5 @@ __all__ = [
     "parse_config",
     "parse_yaml",
     "to_yaml",
+    "with_earlier_warmup",
 ]

@@ -11,12 +11,38 @@ from dreamrie.errors import ConfigError
 # wherever they lie, is checked by their content.
 CHANGEABLE = frozenset(
     {
-        *("instance_data_dir", "class_data_dir", "sample_batch_size", "output_dir"),
+        *("instance_data_dir", "class_data_dir", "output_dir"),
         *("validation_prompt", "num_validation_images", "validation_steps", "num_inference_steps"),
         *("report_to", "logging_dir", "spectrum_steps"),
         *("checkpointing_steps", "checkpoints_total_limit"),
     }
 )
+# These follow from others unless they are given; a difference in them alone is one all the same.
+DERIVED = frozenset(
+    {
+        *("start_scale", "lr_warmup_steps", "max_grad_norm", "momentum", "init"),
+        *("score_prompts", "score_encoders", "score_inference_steps", "token", "subject_class"),
+    }
+)
+
+
+def with_earlier_warmup(saved: str, config: TrainConfig, where: str) -> TrainConfig:
+    """Keep the warm-up of a run that is made longer or shorter: its default depends on the length.
+
+    Args:
+        saved: settings of the checkpoint, as YAML.
+        config: resolved settings of now.
+        where: the checkpoint, for messages.
+
+    Returns:
+        The settings of now, with the earlier warm-up where the present one is the default of another length.
+    """
+    before, now = make_config(parse_yaml(saved, where)).schedule, config.schedule
+    default = config.default_warmup(now.max_train_steps)
+    if before.max_train_steps == now.max_train_steps or now.lr_warmup_steps != default:
+        return config
+    schedule = now.model_copy(update={"lr_warmup_steps": before.lr_warmup_steps})
+    return config.model_copy(update={"schedule": schedule})
 
 
 def check_same_settings(saved: str, config: TrainConfig, where: str) -> None:
@@ -36,18 +62,19 @@ def check_same_settings(saved: str, config: TrainConfig, where: str) -> None:
     allowed = set(CHANGEABLE)
     if config.schedule.lr_scheduler == "constant":
         allowed.add("max_train_steps")
-    differing = []
+    differing: dict[str, str] = {}
     for group, model in GROUPS.items():
         for name in model.model_fields:
             old, new = (getattr(getattr(c, group), name) for c in (before, config))
-            # The side in pixels that was left to the model is only known when the model is loaded.
-            unknown = name == "resolution" and None in (old, new)
+            # A side in pixels that is left to the model is only known when the model is loaded.
+            unknown = name == "resolution" and new is None
             if group != "run" and name not in allowed and old != new and not unknown:
-                differing.append(f"{name} was {old!r} and is now {new!r}")
+                differing[name] = f"{name} was {old!r} and is now {new!r}"
     if differing:
+        given = [text for name, text in differing.items() if name not in DERIVED]
         raise ConfigError(
             message(
-                f"the run cannot go on with other settings: {'; '.join(differing)}",
+                f"the run cannot go on with other settings: {'; '.join(given or differing.values())}",
                 where,
                 f"give the settings of that run (its config.yaml is a --config); these may change: "
                 f"{', '.join(sorted(allowed))}",

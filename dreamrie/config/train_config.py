@@ -204,6 +204,11 @@ class TrainConfig(Group):
             "seed": self.schedule.seed,
         }
 
+    @staticmethod
+    def default_warmup(steps: int) -> int:
+        """Optimizer steps of warm-up for a training of so many steps."""
+        return min(20, steps // 10)
+
     def resolved(self) -> TrainConfig:
         """Fill in every value that follows from others."""
         name, rank = self.optimizer.optimizer, self.adapter.rank
@@ -220,7 +225,7 @@ class TrainConfig(Group):
                 "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
             },
             "adapter": {"init": init, "start_scale": start if init == "loi" else None},
-            "schedule": {"lr_warmup_steps": min(20, steps // 10)},
+            "schedule": {"lr_warmup_steps": self.default_warmup(steps)},
             "validation": {"guidance_scale": usual_guidance(is_embedded)},
             "scores": self._resolved_scores(is_embedded) if self.scores.score_steps else {},
         }

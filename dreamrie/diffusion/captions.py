@@ -68,13 +68,14 @@ def _read(path: Path) -> str:
 def _from_table(path: Path) -> dict[str, str]:
     """Captions by file name."""
     found: dict[str, str] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    # Not splitlines: JSON allows line ends of other scripts inside a text.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"{path}, line {number}: expected "
                 '{"file_name": "0.png", "text": "[trigger] on grass"}, got ' + repr(line[:80])

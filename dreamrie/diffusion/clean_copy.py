@@ -52,6 +52,8 @@ def copy_clean(source: Path, pictures: Sequence[Examined], target: Path) -> list
         ConfigError: the folder or a caption cannot be written.
     """
     kept = [picture for picture in pictures if not picture.has(LEFT_OUT)]
+    if not kept:
+        return [f"No clean copy: there is no picture that could go into {target}."]
     names = new_names([picture.path for picture in kept])
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,7 @@ def table_rows(table: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError):
         return []
     rows = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

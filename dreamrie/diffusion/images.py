@@ -112,6 +112,9 @@ def load_layers(path: Path) -> Layers:
     Raises:
         ImageError: as for `load_image`.
     """
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for its other end.
+        raise ImageError(f"{path}: not a file.")
     try:
         with warnings.catch_warnings():
             # Pillow warns at a size that is judged here by LIMIT_PIXELS.

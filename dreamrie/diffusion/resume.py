@@ -10,23 +10,24 @@ from pathlib import Path
 import torch
 
 from dreamrie.checkpoint import Checkpoint, find_checkpoint
-from dreamrie.config import TrainConfig, check_same_settings, to_yaml
+from dreamrie.config import TrainConfig, check_same_settings, to_yaml, with_earlier_warmup
 from dreamrie.diffusion.task import DreamBoothTask
 from dreamrie.errors import CheckpointError
 from dreamrie.lora.fingerprint import base_fingerprint
+from dreamrie.run_folder import check_output_dir
 from dreamrie.runlog import package_versions
 from dreamrie.trainer import Checkpoints
 from dreamrie.trainer.saving import SETTINGS
 
 
-def find_resume(config: TrainConfig) -> Checkpoint | None:
+def find_resume(config: TrainConfig) -> tuple[Checkpoint | None, TrainConfig]:
     """Read the checkpoint that a command names, and compare its settings with those of the command.
 
     Args:
         config: resolved settings.
 
     Returns:
-        The checkpoint; None if the training starts from the beginning.
+        The checkpoint, None if the training starts from the beginning; and the settings, see `with_earlier_warmup`.
 
     Raises:
         CheckpointError: there is none, or none that can be read, or it is longer than the training.
@@ -34,16 +35,19 @@ def find_resume(config: TrainConfig) -> Checkpoint | None:
     """
     wanted = config.run.resume_from_checkpoint
     if wanted is None:
-        return None
+        return None, config
+    check_output_dir(config.output.output_dir)
     found = find_checkpoint(config.output.output_dir, wanted)
-    check_same_settings(str(found.state["facts"][SETTINGS]), config, str(found.path))
+    saved, where = str(found.state["facts"][SETTINGS]), str(found.path)
+    config = with_earlier_warmup(saved, config, where)
+    check_same_settings(saved, config, where)
     if found.step > config.schedule.max_train_steps:
         raise CheckpointError(
             f"{found.path.name} is beyond the end of the training, which has {config.schedule.max_train_steps} steps\n"
             f"  where: {found.path}\n"
             "  what to do: raise --max_train_steps, or give an earlier checkpoint"
         )
-    return found
+    return found, config
 
 
 def checkpoint_plan(
@@ -66,7 +70,7 @@ def checkpoint_plan(
     versions = package_versions()
     facts = {
         SETTINGS: to_yaml(config),
-        "the content of the pictures and captions": picture_fingerprint(task),
+        **picture_fingerprints(task),
         "the weights of the base model": base_fingerprint(task.model)[:16],
         "the number of processes": str(processes),
         "the device": task.components.device.type,
@@ -83,21 +87,22 @@ def checkpoint_plan(
     )
 
 
-def picture_fingerprint(task: DreamBoothTask) -> str:
-    """Digest of what is trained on, wherever it lies: names and bytes of the files, and their prompts.
+def picture_fingerprints(task: DreamBoothTask) -> dict[str, str]:
+    """Digests of what is trained on, wherever it lies: names and bytes of the files, and their prompts.
 
     Args:
         task: any.
 
     Returns:
-        16 hexadecimal digits.
+        The number of pictures and 16 hexadecimal digits, for the concept and, if there is one, its class.
     """
-    rows = [
-        (path.name, _sha256(path), prompt)
-        for pictures in task.concept.sets
-        for path, prompt in zip(pictures.paths, pictures.prompts, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    found = {}
+    for kind, pictures in zip(("concept", "class"), task.concept.sets, strict=False):
+        files = zip(pictures.paths, pictures.prompts, strict=True)
+        rows = [(path.name, _sha256(path), prompt) for path, prompt in files]
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        found[f"the content of the pictures of the {kind}"] = f"{len(rows)} files, {digest}"
+    return found
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from dreamrie.trainer.control import (
     schedule_factor,
     sigterm_as_ctrl_c,
 )
-from dreamrie.trainer.loop import change_spectra, train
+from dreamrie.trainer.loop import train
 from dreamrie.trainer.saving import Checkpoints
 from dreamrie.trainer.scoring import (
     BEST,
@@ -19,6 +19,7 @@ from dreamrie.trainer.scoring import (
     Verdict,
     scored_folder,
 )
+from dreamrie.trainer.spectra import change_spectra
 from dreamrie.trainer.task import LoopSettings, Task, TrainResult
 
 __all__ = [

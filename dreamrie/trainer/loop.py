@@ -10,10 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +24,6 @@ from dreamrie.errors import (
     ImageError,
     NumericalError,
 )
-from dreamrie.fixed_rank import point_from_factors
-from dreamrie.lora import LoraPair
 from dreamrie.riemannion import Riemannion
 from dreamrie.runlog import RunLog
 from dreamrie.trainer.control import (
@@ -39,7 +34,8 @@ from dreamrie.trainer.control import (
     schedule_factor,
 )
 from dreamrie.trainer.saving import Checkpoints, Progress, Saver
-from dreamrie.trainer.scoring import BestKeeper, Scorer, scored_folder
+from dreamrie.trainer.scoring import BestKeeper, Scorer, Verdict, scored_folder
+from dreamrie.trainer.spectra import change_spectra
 from dreamrie.trainer.task import LoopSettings, Task, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -68,7 +64,7 @@ class _Loop:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Every group keeps its own peak: LoRA+ has two.
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.progress, self.micro_losses = Progress(), torch.zeros(0)
+        self.progress, self.micro_losses, self.saved_step = Progress(), torch.zeros(0), 0
         plan = checkpoints or Checkpoints(every=None)
         self.saver = Saver(task, optimizer, accelerator, log, scorer, plan)
         self.max_skips = MAX_SKIPS if accelerator.scaler is None else MAX_SKIPS_FP16
@@ -217,6 +213,7 @@ class _Loop:
                 with torch.no_grad():
                     verdict = self.scorer(step)
                 self.log.scores(step, verdict.scores)
+                self.progress.scored_until = step
                 self.keeper(step, verdict)
             except (OSError, DreamrieError) as error:
                 failure = f"Scores of step {step} could not be made, training goes on: {error}"
@@ -232,6 +229,11 @@ class _Loop:
             values["point"] = {name: s.tolist() for name, s in self.optimizer.spectra().items()}
         self.log.spectrum(step, **values)
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """Of the last scoring, if there was one."""
+        return self.keeper.verdict if self.keeper else None
+
     def begin(self) -> int:
         """Put everything into the state of the checkpoint to go on from; returns the first step to take."""
         checkpoint = self.saver.plan.resume
@@ -239,22 +241,28 @@ class _Loop:
             self.saver.check_space()
             return 0
         self.progress, verdict = self.saver.restore(checkpoint)
+        self.saved_step = self.progress.step
         if self.keeper is not None:
-            self.keeper.verdict = verdict
+            self.keeper.restore(verdict, self.progress.scored_until)
+        if self.progress.step == self.settings.max_steps and not self.progress.owes_look:
+            logger.info("That was the last step: the training is finished already")
         return self.progress.step + 1
 
     def run(self) -> TrainResult:
         """All steps, then the final save, also when a signal ends it early after at least one step."""
-        s, first = self.settings, self.begin()
+        first, s = self.begin(), self.settings
         self.task.model.train()
         self.set_learning_rate(self.progress.step)
         with StopRequest() as stop:
+            if self.progress.owes_look:
+                self.look(self.progress.step, stop)
+                self.write_checkpoint()
             for step in range(first, s.max_steps + 1):
+                if stop.asked:
+                    break
                 if step > 0:
                     self.step(step)
                 self.after_step(step, stop)
-                if stop.asked:
-                    break
             self.finish(stop.asked)
         self.accelerator.free_memory()
         progress = self.progress
@@ -266,30 +274,46 @@ class _Loop:
             progress.last_loss,
             progress.seconds,
             progress.scoring_seconds,
-            self.keeper.verdict if self.keeper else None,
+            self.verdict,
         )
 
     def after_step(self, step: int, stop: StopRequest) -> None:
-        """Everything that happens every so many steps; a run that was asked to stop draws no more pictures."""
-        s, last = self.settings, step == self.settings.max_steps
+        """Everything that happens every so many steps, the checkpoint last."""
+        last = step == self.settings.max_steps
         # Not because of a stop: a run that goes on later is to have the records of one that never stopped.
-        if _is_due(s.spectrum_steps, step, last):
+        if _is_due(self.settings.spectrum_steps, step, last):
             self.record_spectrum(step)
-        if _is_due(s.validation_steps, step, last) and not stop.asked:
-            self.validate(step)
+        self.look(step, stop)
+        if self.saver.is_due(step, last) and self.progress.moved:
+            self.write_checkpoint()
+
+    def look(self, step: int, stop: StopRequest) -> None:
+        """Pictures and scores, if they are due; a run that was asked to stop leaves them to the one that goes on."""
+        s, last = self.settings, step == self.settings.max_steps
+        draws = _is_due(s.validation_steps, step, last)
         # Without a step that moved it, the adapter is that of step 0.
-        moved = self.progress.moved
-        if _is_due(s.score_steps, step, last) and not stop.asked and (moved or step == 0):
+        scores = _is_due(s.score_steps, step, last) and (self.progress.moved or step == 0)
+        self.progress.owes_look = stop.asked and (draws or scores)
+        if stop.asked:
+            return
+        if draws:
+            self.validate(step)
+        if scores:
             self.score(step)
-        if self.saver.is_due(step, last or stop.asked) and moved:
-            self.saver.write(self.progress, self.keeper.verdict if self.keeper else None)
+
+    def write_checkpoint(self) -> None:
+        """Everything that the next step depends on."""
+        if self.saver.write(self.progress, self.verdict):
+            self.saved_step = self.progress.step
 
     def finish(self, stopped: bool) -> None:
         """Save the adapter, or say why there is none."""
-        progress = self.progress
+        progress, keeps = self.progress, self.saver.plan.every is not None
         if progress.moved:
+            if stopped and keeps and self.saved_step != progress.step:
+                self.write_checkpoint()
             self.save(progress.step)
-            if stopped and self.saver.plan.every is not None:
+            if stopped and keeps and self.saved_step == progress.step:
                 logger.info(
                     "The same command with --resume_from_checkpoint latest goes on from here"
                 )
@@ -322,25 +346,6 @@ class _Loop:
 def _is_due(every: int | None, step: int, last: bool) -> bool:
     """Whether something that happens every so many steps, and at the end, happens now."""
     return every is not None and (step % every == 0 or last)
-
-
-def change_spectra(pairs: Sequence[LoraPair]) -> dict[str, list[float]]:
-    """Singular values of each layer's whole change, largest first; anchor included.
-
-    Layers of one shape are stacked: one small SVD per shape, no (out, in) matrix.
-    """
-    by_shape: dict[tuple[Any, ...], list[LoraPair]] = defaultdict(list)
-    for pair in pairs:
-        left, right = pair.left_matrix(), pair.right_matrix()
-        by_shape[(*left.shape, right.shape[1], pair.scaling)].append(pair)
-    found: dict[str, list[float]] = {}
-    with torch.no_grad():
-        for (*_, scaling), members in by_shape.items():
-            left = torch.stack([pair.left_matrix().detach().float() for pair in members])
-            right = torch.stack([pair.right_matrix().detach().float() for pair in members])
-            values = point_from_factors(left, right.mT, scaling).s.tolist()
-            found |= {pair.name: s for pair, s in zip(members, values, strict=True)}
-    return {pair.name: found[pair.name] for pair in pairs}
 
 
 def train(

@@ -46,6 +46,8 @@ class Progress:
         step: steps taken, skipped ones included. skipped: those left out; skips_in_a_row: at this moment.
         last_loss: mean loss of the last step, NaN if there was none.
         seconds, scoring_seconds: spent in steps, and in scorings.
+        scored_until: step of the last scoring.
+        owes_look: a stop left out the pictures or scores that belong behind this step; who goes on makes them first.
     """
 
     step: int = 0
@@ -54,6 +56,8 @@ class Progress:
     last_loss: float = math.nan
     seconds: float = 0.0
     scoring_seconds: float = 0.0
+    scored_until: int = 0
+    owes_look: bool = False
 
     @property
     def moved(self) -> bool:
@@ -121,27 +125,38 @@ class Saver:
         }
 
     def check_space(self) -> None:
-        """Refuse a disk without room for two checkpoints before the first step, not after hours."""
+        """Refuse a disk without room for all checkpoints before the first step, not after hours."""
         if self.plan.every is not None and self.log.output_dir is not None:
-            check_space(self.log.output_dir, self.state(Progress(), None))
+            # The newest is there before the oldest goes.
+            copies = 1 + (self.plan.limit or 2)
+            check_space(self.log.output_dir, self.state(Progress(), None), copies)
 
-    def write(self, progress: Progress, verdict: Verdict | None) -> None:
+    def write(self, progress: Progress, verdict: Verdict | None) -> bool:
         """Write a checkpoint; a disk that is full now may have room at the next one, so training goes on.
 
         Args:
             progress: counters after the step.
             verdict: of the last scoring.
+
+        Returns:
+            Whether it is there; True on processes that write nothing.
         """
-        folder = self.log.output_dir
+        folder, written = self.log.output_dir, True
         if folder is not None:
             try:
                 write_checkpoint(folder, progress.step, self.state(progress, verdict))
                 remove_old_checkpoints(folder, progress.step, self.plan.limit)
             except (CheckpointError, NumericalError) as error:
-                known = list_checkpoints(folder)
-                kept = f"the newest is {known[-1].name}" if known else "there is none"
-                logger.error("Training goes on, %s. %s", kept, error)  # noqa: TRY400  as every message
+                written, known = False, list_checkpoints(folder)
+                kept = (
+                    f"the newest checkpoint is {known[-1].name}"
+                    if known
+                    else "without a checkpoint so far"
+                )
+                failure = f"{error}\n  training goes on; {kept}"
+                logger.error(failure)  # noqa: TRY400  as every message
         self.accelerator.wait_for_everyone()
+        return written
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Progress, Verdict | None]:
         """Put adapter, optimizer, loss scale and scorer into the state of a checkpoint.

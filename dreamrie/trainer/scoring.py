@@ -89,15 +89,35 @@ class BestKeeper:
         self.verdict = verdict
         log = logger.warning if verdict.is_alarm else logger.info
         log("Step %d: %s", step, verdict.message)
+        self._keep(verdict, step)
+
+    def restore(self, verdict: Verdict | None, scored_until: int) -> None:
+        """Go on as after a verdict: make `best/` again from what was scored, whatever it holds now.
+
+        Args:
+            verdict: of a checkpoint; None: there was none so far.
+            scored_until: step of that scoring.
+        """
+        self.verdict = verdict
+        if verdict is None:
+            return
+        try:
+            self._keep(verdict, scored_until)
+        except CheckpointError as error:
+            logger.warning("%s; it is made anew when another step is better", error)
+
+    def _keep(self, verdict: Verdict, step: int) -> None:
+        """Copy the adapter of the best step, and write down why."""
         if verdict.best_step is None:
             return
         source = scored_folder(self.output_dir, verdict.best_step) / ADAPTER
         record = {"step": verdict.best_step, "scored_until": step, "reason": verdict.reason}
         folder = self.output_dir / BEST
         try:
-            folder.mkdir(exist_ok=True)
             if self._kept != verdict.best_step:
-                write_atomic(folder / ADAPTER, source.read_bytes())
+                content = source.read_bytes()
+                folder.mkdir(exist_ok=True)
+                write_atomic(folder / ADAPTER, content)
                 self._kept = verdict.best_step
             write_atomic(folder / "best.json", (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:

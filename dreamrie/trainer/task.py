@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dreamrie.lora import LoraPair
+from dreamrie.run_folder import ADAPTER
 from dreamrie.trainer.scoring import BEST, Verdict
 
 
@@ -123,6 +124,8 @@ class TrainResult:
             best = f"no step could be scored, so there is no {output_dir / BEST}"
             if self.verdict.best_step is not None:
                 best = f"{output_dir / BEST} holds step {self.verdict.best_step}: {self.verdict.reason}"
+                if not (output_dir / BEST / ADAPTER).is_file():
+                    best = f"step {self.verdict.best_step} is the best, but {output_dir / BEST} could not be kept"
             share = self.scoring_seconds / max(self.seconds, 1e-9)
             lines.append(
                 f"{best}; scoring took {self.scoring_seconds:.0f} s, {share:.0%} of the training time"

@@ -120,7 +120,7 @@ class ConceptScorer:
         Args:
             state: from `state`, of a run with the same settings.
         """
-        rows = [json.loads(line) for line in state.splitlines()[1:]]
+        rows = [json.loads(line) for line in state.strip("\n").split("\n")[1:]]
         self._rows = [_from_record(row, len(self._plan.prompts)) for row in rows]
         self._record()
 
@@ -285,7 +285,7 @@ def read_curve(path: Path) -> Curve:
     Returns:
         The curve.
     """
-    facts, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    facts, *rows = [json.loads(line) for line in path.read_text("utf-8").strip("\n").split("\n")]
     prompts = tuple(facts["prompts"])
     yardstick = Yardstick(prompts, facts["ceiling"], torch.tensor(facts["nearest_real"]))
     return Curve(yardstick, [_from_record(row, len(prompts)) for row in rows])

@@ -21,6 +21,7 @@ MINIMUM = {
     "runlog": 5,
     "checkpoint": 15,
     "commands": 20,
+    "records": 4,
     "run_folder": 5,
     "optimizers": 5,
     "adapter_container": 10,

@@ -45,6 +45,12 @@ def test_a_table_names_its_pictures_in_any_order(folder: Path) -> None:
     assert captions_of(folder) == ["ein Hund, größer", "a sks dog at night"]
 
 
+def test_line_ends_of_other_scripts_stay_inside_a_caption(folder: Path) -> None:
+    """JSON allows them in a text, so they end no line of the table; they are blanks like any other."""
+    write_table(folder, [row(0, "one\u2028two"), row(1, "three\u0085four")])
+    assert captions_of(folder) == ["one two", "three four"]
+
+
 def test_a_text_file_beside_each_picture_is_its_caption(folder: Path) -> None:
     """A byte order mark is no part of it; the text files are no pictures."""
     (folder / "picture-0.txt").write_text("[trigger] on grass\n", encoding="utf-8-sig")

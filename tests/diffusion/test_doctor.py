@@ -251,6 +251,15 @@ def test_the_clean_copy_is_well_where_the_folder_was_not(tmp_path: Path) -> None
     assert sorted(path.name for path in target.iterdir()) == ["b\n.png", "c.png", "写真.png"]
 
 
+def test_nothing_to_copy_is_no_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(b"no picture")
+    words = ["doctor", str(tmp_path / "in"), "--fix", str(tmp_path / "out")]
+    assert command.main(words) == 1
+    assert "No clean copy" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_findings_are_written_for_programs(messy: Path, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     assert command.main(["doctor", str(messy), "--json", str(path), "--resolution", "300"]) == 1

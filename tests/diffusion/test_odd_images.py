@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -138,6 +139,12 @@ def test_modes_that_no_file_opens_with_today(mode: str, color: Any, expected: An
     layers = decode.to_layers(Path("x"), flat(mode, color), header)
     assert layers.color.getpixel((0, 0)) == expected
     assert (layers.alpha is not None) == (mode == "RGBa")
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe\.png: not a file"):
+        images.check_images(tmp_path)
 
 
 def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:

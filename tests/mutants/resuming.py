@@ -7,20 +7,23 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from dreamrie import checkpoint, runlog
 from dreamrie.errors import CheckpointError
+from dreamrie.records import Record
 from dreamrie.trainer import loop, saving
 from dreamrie.trainer.saving import Progress, Saver
 from tests import test_checkpoint as files
 from tests import test_checkpoint_crashes as crashes
+from tests import test_records as lines
 from tests.mutants import Law, Mutant, replaced
 from tests.properties import test_resume_laws as laws
 from tests.small_states import state_of
@@ -32,7 +35,7 @@ _begin, _rate, _after, _restore = (
     _Loop.after_step,
     Saver.restore,
 )
-_score, _write = _Loop.score, Saver.write
+_score, _look = _Loop.score, _Loop.look
 _flatten, _unflatten, _list = (
     checkpoint._flatten,
     checkpoint._unflatten,
@@ -140,12 +143,37 @@ def written_before_the_scores(self: Any, step: int, stop: Any) -> None:
         _score(self, each)
 
 
-def record_not_cut(path: Path, resume: Mapping[str, int] | None) -> IO[str]:
-    return path.open("w" if resume is None else "a", encoding="utf-8")
+def forgets_what_it_owes(self: Any, step: int, stop: Any) -> None:
+    _look(self, step, stop)
+    self.progress.owes_look = False
 
 
-def record_begun_anew(path: Path, resume: Mapping[str, int] | None) -> IO[str]:
-    return path.open("w", encoding="utf-8")
+class Forgetful(Record):
+    """What the disk refuses is gone."""
+
+    def _flush(self) -> None:
+        super()._flush()
+        self._waiting = b""
+
+
+class Uncut(Record):
+    """Cut to the byte, not to the line."""
+
+    def _cut(self, length: int) -> int:
+        return min(length, self.path.stat().st_size)
+
+
+def _in_folder(law: Callable[[Any, Path], None], impl: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        law(impl, Path(name))
+
+
+def record_not_cut(path: Path, length: int | None = None) -> Record:
+    return Record(path, None if length is None else path.stat().st_size)
+
+
+def record_begun_anew(path: Path, length: int | None = None) -> Record:
+    return Record(path, None)
 
 
 # ------------------------------------------------------------------------------------- codec
@@ -277,13 +305,31 @@ MUTANTS = [
         "a scoring is lost",
         after_step=written_before_the_scores,
     ),
-    _resume("records not cut", runlog, "steps stand there twice", _open_record=record_not_cut),
-    _resume("records begun anew", runlog, "earlier steps are lost", _open_record=record_begun_anew),
+    _resume("records not cut", runlog, "steps stand there twice", Record=record_not_cut),
+    _resume("records begun anew", runlog, "earlier steps are lost", Record=record_begun_anew),
     _resume(
         "resume with dropout from the global stream",
         loop,
         "what ran before decides",
         own_random_stream=lambda device, seed: nullcontext(),
+    ),
+    Mutant(
+        "a stop forgets the scoring",
+        laws.law_c8_a_stop_loses_no_scoring,
+        lambda: in_loop(_Loop, look=forgets_what_it_owes),
+        "a better step could not be chosen",
+    ),
+    Mutant(
+        "a line lost to a full disk",
+        lambda impl: _in_folder(lines.law_no_line_is_lost_to_a_full_disk, impl),
+        lambda: nullcontext(SimpleNamespace(Record=Forgetful)),
+        "the records have a hole",
+    ),
+    Mutant(
+        "half a line kept",
+        lambda impl: _in_folder(lines.law_a_record_is_cut_at_a_whole_line, impl),
+        lambda: nullcontext(SimpleNamespace(Record=Uncut)),
+        "the line after it cannot be read",
     ),
     Mutant(
         "resume without loss scale",

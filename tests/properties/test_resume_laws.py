@@ -6,6 +6,8 @@ Each law takes the module of the loop as an argument, so that a faulty one can b
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,10 +79,16 @@ def leg(
     stop_after: int | None = None,
     resume: str | None = None,
     facts: dict[str, str] | None = None,
+    signal_in: int | None = None,
 ) -> Leg:
-    """Train in a world made from nothing, as a new process would; with `stop_after` it is killed there."""
+    """Train in a world made from nothing, as a new process would; with `stop_after` it is killed there.
+
+    In step `signal_in` it is asked to stop.
+    """
 
     def batch(step: int, micro: int) -> Any:
+        if step == signal_in and micro == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         if stop_after is not None and step > stop_after and micro == 1:
             raise InterruptedError  # in the middle of an accumulation
         return SmallTask.batch(task, step, micro)
@@ -160,6 +168,32 @@ def law_c1_straight_equals_resumed(impl: Any, name: str = "riemannion") -> None:
         assert leg(impl, folder, name, resume="latest").result.verdict == whole.result.verdict
 
 
+def law_c8_a_stop_loses_no_scoring(impl: Any) -> None:
+    """Asked to stop in a step that is to be scored, and in the last one: who goes on makes the scoring first."""
+    with folders() as (straight, _):
+        whole = leg(impl, straight, "riemannion")
+        wanted, records = whole.tensors(), records_of(straight)
+        last = find_checkpoint(straight, "latest").state
+    for step in (3, 8, 9):
+        with folders() as (_, folder):
+            stopped = leg(impl, folder, "riemannion", signal_in=step)
+            assert stopped.result.interrupted
+            assert stopped.result.steps == step
+            again = leg(impl, folder, "riemannion", resume="latest")
+            assert all(map(torch.equal, again.tensors(), wanted))
+            assert records_of(folder) == records
+            assert again.scorer.seen == whole.scorer.seen
+            assert again.result.verdict == whole.result.verdict
+            kept = find_checkpoint(folder, "latest").state
+            for name in ("owes_look", "scored_until", "step", "skipped"):
+                assert kept["progress"][name] == last["progress"][name]
+            assert kept["scorer"] == last["scorer"]
+
+
+def test_a_stop_loses_no_scoring() -> None:
+    law_c8_a_stop_loses_no_scoring(loop)
+
+
 @pytest.mark.parametrize("name", ["riemannion", "adamw", "muon", "loraplus", "scaledgd"])
 def test_straight_equals_resumed(name: str) -> None:
     law_c1_straight_equals_resumed(loop, name)
@@ -234,10 +268,8 @@ def test_a_disk_that_is_full_for_a_while_costs_no_training(
 
     monkeypatch.setattr(checkpoint, "commit_folder", full)
     leg(loop, tmp_path, "riemannion")
-    assert (
-        "Training goes on, the newest is checkpoint-2. checkpoint-4 cannot be written"
-        in caplog.text
-    )
+    assert "checkpoint-4 cannot be written" in caplog.text
+    assert "training goes on; the newest checkpoint is checkpoint-2" in caplog.text
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9"]
 
 

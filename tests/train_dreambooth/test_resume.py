@@ -186,6 +186,21 @@ def test_what_may_change_may_change(command: Command, stopped_run: Path, tmp_pat
     assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_a_longer_run_keeps_its_warm_up(
+    command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its default is a tenth of the length; given by hand, it is a setting like any other."""
+    base = ("--lr_scheduler", "constant", "--checkpointing_steps", 2)
+    assert command(*base, "--max_train_steps", 2) == 0
+    longer = (*base, "--max_train_steps", 12, "--resume_from_checkpoint", "latest")
+    assert command(*longer, "--lr_warmup_steps", 2) == 2
+    assert "lr_warmup_steps was 0 and is now 2" in caplog.text
+    assert command(*longer) == 0
+    assert command(*base, "--max_train_steps", 12, "--lr_warmup_steps", 0, out="long") == 0
+    first, second = result_of(tmp_path / "run"), result_of(tmp_path / "long")
+    assert first["adapter"] == second["adapter"]
+
+
 def test_the_settings_of_the_run_are_a_config_to_go_on_with(
     stopped_run: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,7 +238,7 @@ def test_other_pictures_are_refused(
     image.putpixel((0, 0), (1, 2, 3))
     image.save(moved / "1.png")
     assert command(*flags, "--instance_data_dir", moved) == 1
-    assert "the content of the pictures and captions was" in caplog.text
+    assert "the content of the pictures of the concept was" in caplog.text
 
 
 def test_a_missing_checkpoint_is_an_error_and_not_step_0(

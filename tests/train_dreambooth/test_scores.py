@@ -40,6 +40,9 @@ def test_a_scored_run_that_was_stopped_goes_on_with_its_scores(
     (tmp_path / "run" / "scores.jsonl").write_text("of a later step")
     flags = ("--checkpointing_steps", 1, "--resume_from_checkpoint", "checkpoint-2")
     assert command(*SCORES, *flags) == 0
+    (tmp_path / "run" / "best" / ADAPTER).unlink()
+    finished = ("--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    assert command(*SCORES, *finished) == 0  # makes best/ again
     names = ["scores.jsonl", "best/best.json", f"best/{ADAPTER}", ADAPTER, "scores.png"]
     names += [f"scored/step-{step:06d}/pictures.png" for step in (0, 2, 4)]
     for name in names:
@@ -55,7 +58,7 @@ def test_a_scored_run_keeps_the_best_adapter_and_trains_the_same_one(
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     scored = {f"scored/step-{step:06d}/pictures.png" for step in (0, 2, 4)}
     scored |= {f"scored/step-{step:06d}/{ADAPTER}" for step in (2, 4)}
-    plain = {ADAPTER, "config.yaml", "metrics.jsonl", "run.json", "spectrum.jsonl"}
+    plain = {ADAPTER, "README.md", "config.yaml", "metrics.jsonl", "run.json", "spectrum.jsonl"}
     assert names == {
         ".lock",
         *(f"checkpoint-4/{name}" for name in (TENSORS, STATE, MANIFEST)),

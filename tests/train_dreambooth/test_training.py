@@ -39,6 +39,7 @@ def test_a_run_leaves_everything_needed_to_use_and_repeat_it(
         ".lock",
         *(f"checkpoint-4/{name}" for name in (TENSORS, STATE, MANIFEST)),
         ADAPTER,
+        "README.md",
         "config.yaml",
         "metrics.jsonl",
         "run.json",
