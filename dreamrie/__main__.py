@@ -1,4 +1,4 @@
-"""Commands that need no model: `python -m dreamrie doctor|info|convert|truncate|merge|diff`."""
+"""Commands around training: `python -m dreamrie doctor|info|convert|truncate|merge|diff|verify ...`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ COMMANDS = {
     "truncate": "dreamrie.commands.truncate",
     "merge": "dreamrie.commands.merge",
     "diff": "dreamrie.commands.diff",
+    "verify": "dreamrie.commands.verify",
+    "merge-into-base": "dreamrie.commands.merge_into_base",
+    "card": "dreamrie.commands.card",
 }
 """Modules with `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code."""
 

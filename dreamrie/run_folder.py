@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 ADAPTER = "pytorch_lora_weights.safetensors"
 LOCK = ".lock"
 CARD = "README.md"
+CARD_MARK = "<!-- written by dreamrie -->"
 # These mark a folder that holds a run, so they are the last to be moved away.
 MARKS = ("run.json", ADAPTER)
 # What a run writes, beside its checkpoints.
@@ -152,6 +153,21 @@ def folder_for_older_run(folder: Path) -> Path | None:
     return folder / f"previous-{number}"
 
 
+def is_own_card(path: Path) -> bool:
+    """Whether a model card was written by a run, or is a README.md of somebody else, which is left alone.
+
+    Args:
+        path: of a file that exists.
+
+    Returns:
+        True if it bears the mark.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return CARD_MARK in path.read_text("utf-8", errors="replace")
+
+
 def move_older_run(folder: Path) -> None:
     """Rename what an older run left, whole and with nothing overwritten.
 
@@ -167,7 +183,7 @@ def move_older_run(folder: Path) -> None:
     target.mkdir()
     checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
     for name in (*checkpoints, *RUN_FILES):
-        if (folder / name).exists():
+        if (folder / name).exists() and (name != CARD or is_own_card(folder / name)):
             (folder / name).rename(target / name)
     logger.info("%s holds an older run, which was moved to %s", folder, target)
     if checkpoints:

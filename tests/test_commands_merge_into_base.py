@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import logging
@@ -39,10 +40,17 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FP32 = 1e-6
 
 
+def temporary() -> Path:
+    """A folder that goes when the tests have ended; laws run without fixtures."""
+    folder = Path(tempfile.mkdtemp(prefix="dreamrie-merge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @functools.cache
 def saved(kind: str = "sd2-eps") -> Path:
     """Folder of an adapter that names its base."""
-    folder = Path(tempfile.mkdtemp(prefix="dreamrie-merge-"))
+    folder = temporary()
     parts, pairs = trained(kind)
     facts = {"base_model": str(small_folder(kind).resolve()), "instance_prompt": "a sks dog"}
     save_diffusers_lora(folder, pairs, facts, base=parts.unet)
@@ -72,7 +80,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def merged(impl: Any, base: Path, adapter: Path, scale: float = 1.0, **options: Any) -> Path:
     """A folder of its own that holds the merge."""
-    output = Path(tempfile.mkdtemp(prefix="dreamrie-merged-")) / "out"
+    output = temporary() / "out"
     impl.merge_into_base(load_components(base), adapter, output, scale=scale, **options)
     return output
 
@@ -134,7 +142,7 @@ def law_m3_strength_and_kernels_count(impl: Any) -> None:
 
 def law_m4_half_precision_is_rounded_once(impl: Any) -> None:
     """A base in fp16 stays in fp16, each merged weight the nearest to the exact sum."""
-    base = in_half(Path(tempfile.mkdtemp(prefix="dreamrie-half-")) / "base")
+    base = in_half(temporary() / "base")
     before, wanted = load_file(base / WEIGHTS), changes(saved())
     output = merged(impl, base, saved(), 0.7, other_base=True)
     after = load_file(output / WEIGHTS)
@@ -282,6 +290,10 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path, caplog: pytest.LogCapt
         ([str(saved()), "--base", base, "--output", out, "--scale", "nan"], "--scale"),
         ([str(saved()), "--base", base, "--output", f"{out}/deep/er"], "does not exist"),
         ([str(saved()), "--base", base, "--output", base], "is there already"),
+        (
+            [str(saved()), "--base", base, "--output", f"{base}/new"],
+            "lies in the folder of the base",
+        ),
         ([str(saved()), "--base", other, "--output", out], "fingerprint differs"),
         ([str(saved()), "--base", f"{out}-gone", "--output", out], "--base"),
         ([f"{out}-gone", "--base", base, "--output", out], "there is no adapter"),

@@ -29,6 +29,28 @@ def test_a_file_is_replaced_whole_with_the_usual_permissions(tmp_path: Path) -> 
     assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~mask
 
 
+def test_a_new_folder_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    """Not before, not after a failure, and never in the place of another one."""
+    target = tmp_path / "folder"
+    with files.new_folder(target) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a.bin").write_bytes(b"a")
+        (folder / "deep" / "a.bin").chmod(0o600)
+        assert not target.exists()
+    assert litter(tmp_path) == ["folder"]
+    assert (target / "deep" / "a.bin").read_bytes() == b"a"
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert stat.S_IMODE((target / "deep" / "a.bin").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~mask
+    with pytest.raises(OSError), files.new_folder(target) as folder:
+        (folder / "other.bin").write_bytes(b"b")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "new") as folder:
+        raise RuntimeError
+    assert litter(tmp_path) == ["folder"]
+    assert litter(target) == ["deep"]
+
+
 @pytest.mark.parametrize("fault", ["fdopen", "fsync", "replace", "interrupt"])
 def test_a_failed_write_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

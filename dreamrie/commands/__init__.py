@@ -1,1 +1,1 @@
-"""Commands on adapter files that need no model: info, convert, truncate, merge, diff."""
+"""Commands on adapter files: info, convert, truncate, merge, diff need no model; verify and others load one."""

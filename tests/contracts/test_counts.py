@@ -20,7 +20,7 @@ MINIMUM = {
     "config": 12,
     "runlog": 5,
     "checkpoint": 15,
-    "commands": 20,
+    "commands": 45,
     "records": 4,
     "run_folder": 5,
     "optimizers": 5,

@@ -18,7 +18,7 @@ from tests.contracts.sources import (
 
 ROWS = (
     {"errors", "files"},
-    {"fixed_rank", "config", "checkpoint", "run_folder"},
+    {"fixed_rank", "config", "checkpoint", "records", "run_folder"},
     {"riemannion_layers", "runlog"},
     {"riemannion_checks"},
     {"riemannion", "loi"},
@@ -30,7 +30,8 @@ ROWS = (
     {"adapter_reading"},
     {"adapter_open"},
     {"trainer"},
-    {"diffusion", "llm", "commands"},
+    {"diffusion", "llm"},
+    {"commands"},
     {"eval"},
     {"app", "benchmarks", "examples", "train_dreambooth", "tools", "__main__"},
 )
@@ -45,7 +46,10 @@ HOMES: dict[str, tuple[str, ...]] = {
     "accelerate": ("dreamrie/trainer",),
     "diffusers": ("dreamrie/diffusion/",),
     "transformers": ("dreamrie/diffusion/", "dreamrie/llm/"),
-    "safetensors": ("dreamrie/adapter_file", "dreamrie/checkpoint", "eval/encoders"),
+    "safetensors": (
+        *("dreamrie/adapter_file", "dreamrie/checkpoint", "dreamrie/diffusion/merging"),
+        "eval/encoders",
+    ),
     "pydantic": ("dreamrie/config",),
     "yaml": ("dreamrie/config",),
     "filelock": ("dreamrie/run_folder",),

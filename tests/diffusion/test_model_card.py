@@ -17,9 +17,10 @@ from PIL import Image
 from dreamrie import __main__ as command
 from dreamrie.adapter_file import save_diffusers
 from dreamrie.diffusion import model_card
-from dreamrie.diffusion.model_card import MARK, leave_card, write_card
+from dreamrie.diffusion.model_card import leave_card, write_card
 from dreamrie.errors import CheckpointError, ConfigError
 from dreamrie.lora import LowRank
+from dreamrie.run_folder import CARD_MARK, move_older_run
 from tests.small_models import small_folder
 from tests.strategies import noise
 from tests.test_adapter_file import trained
@@ -100,7 +101,7 @@ def make_run(
         "seed": 3,
         **(settings or {}),
     }
-    (folder / "config.yaml").write_text(json.dumps(given))
+    (folder / "config.yaml").write_text(yaml.safe_dump(given))
     (folder / "samples").mkdir(exist_ok=True)
     for step in (0, 20):
         for number in range(samples):
@@ -130,7 +131,7 @@ def law_front_matter_is_yaml_of_any_prompt(impl: Any, folder: Path) -> None:
     assert set(found["tags"]) == {"text-to-image", "lora", "diffusers", "template:sd-lora"}
     assert (found["base_model"], found["base_model_relation"]) == (HUB, "adapter")
     assert found["license"] == "openrail++"
-    assert "<b>" not in card
+    assert "<b>" not in card[card.index("\n---\n") :]
 
 
 def law_nothing_of_the_machine_is_said(impl: Any, folder: Path) -> None:
@@ -279,7 +280,7 @@ def test_the_command_writes_it_again_and_keeps_what_is_not_its_own(
     assert command.main(["card", str(run)]) == 0
     assert str(run / "README.md") in capsys.readouterr().out
     first = (run / "README.md").read_text("utf-8")
-    assert MARK in first
+    assert CARD_MARK in first
     assert command.main(["card", str(run)]) == 0
     assert (run / "README.md").read_text("utf-8") == first
     (run / "README.md").write_text("my own words")
@@ -287,6 +288,19 @@ def test_the_command_writes_it_again_and_keeps_what_is_not_its_own(
     leave_card(run)
     assert (run / "README.md").read_text("utf-8") == "my own words"
     assert "The model card was not written, everything else was" in caplog.text
+
+
+def test_an_older_run_takes_its_own_card_along_and_no_other(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    first = card_of(run)
+    move_older_run(run)
+    assert (run / "previous-1" / "README.md").read_text("utf-8") == first
+    assert not (run / "README.md").exists()
+    (make_run(run) / "README.md").write_text("my own words")
+    move_older_run(run)
+    assert (run / "README.md").read_text("utf-8") == "my own words"
+    assert not (run / "previous-2" / "README.md").exists()
+    assert (run / "previous-2" / "run.json").is_file()
 
 
 @pytest.mark.parametrize("name", [model_card.ADAPTER, "run.json", "config.yaml", "best/best.json"])

@@ -158,6 +158,25 @@ def test_the_slow_parts_are_announced(
     assert starts == sorted(starts)
 
 
+def test_the_card_names_the_trigger_and_nothing_of_the_machine(
+    command: Command, tmp_path: Path
+) -> None:
+    """README.md of the run; that of somebody else is kept, and the training is none the worse."""
+    assert command("--validation_prompt", PROMPT, "--max_train_steps", 1) == 0
+    card = (tmp_path / "run" / "README.md").read_text("utf-8")
+    assert f'instance_prompt: "{PROMPT}"' in card
+    assert "url: samples/step-000001-0.png" in card
+    assert "| steps | 1 |" in card
+    assert "3 pictures" in card
+    assert str(tmp_path) not in card
+    assert "ümläut" not in card
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("my own words")
+    assert command("--max_train_steps", 1, out="own") == 0
+    assert (tmp_path / "own" / "README.md").read_text() == "my own words"
+    assert (tmp_path / "own" / ADAPTER).is_file()
+
+
 def test_tensorboard_on_request(command: Command, tmp_path: Path) -> None:
     assert command("--report_to", "tensorboard", "--max_train_steps", 1) == 0
     assert list((tmp_path / "run" / "logs").glob("events.*"))
