@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +31,33 @@ class Disk:
         return getattr(self._real, name)
 
 
-def law_no_line_is_lost_to_a_full_disk(impl: Any, folder: Path) -> None:
+def law_no_line_is_lost_to_a_full_disk(impl: Any) -> None:
     """Lines of the bad time are written once there is room, in order and whole; until then the file is whole too."""
-    path = folder / "metrics.jsonl"
-    record = impl.Record(path)
-    disk = record._file = Disk(record._file)
-    record.add("first line")
-    disk.is_full = True
-    record.add("second line")
-    record.add("third line")
-    assert path.read_text() == "first line\n"
-    assert record.sync() == len("first line\n")
-    disk.is_full = False
-    record.add("fourth line")
-    assert path.read_text() == "first line\nsecond line\nthird line\nfourth line\n"
-    record.close()
-    record.add("too late")
-    record.close()
+    with tempfile.TemporaryDirectory() as name:
+        _a_full_disk(impl, Path(name) / "metrics.jsonl")
+
+
+def _a_full_disk(impl: Any, path: Path) -> None:
+    """Two good lines around two that must wait."""
+    with closing(impl.Record(path)) as record:
+        disk = record._file = Disk(record._file)
+        record.add("first line")
+        disk.is_full = True
+        record.add("second line")
+        record.add("third line")
+        assert path.read_text() == "first line\n"
+        assert record.sync() == len("first line\n")
+        disk.is_full = False
+        record.add("fourth line")
+        assert path.read_text() == "first line\nsecond line\nthird line\nfourth line\n"
+        record.close()
+        record.add("too late")
     assert path.read_text().count("\n") == 4
 
 
-def test_no_line_is_lost_to_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_line_is_lost_to_a_full_disk(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dreamrie")
-    law_no_line_is_lost_to_a_full_disk(records, tmp_path)
+    law_no_line_is_lost_to_a_full_disk(records)
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert len(errors) == 1
     assert "training goes on and they wait" in errors[0]
@@ -72,9 +78,14 @@ def test_lines_that_were_never_written_are_counted(
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
-def law_a_record_is_cut_at_a_whole_line(impl: Any, folder: Path) -> None:
+def law_a_record_is_cut_at_a_whole_line(impl: Any) -> None:
     """What came after the checkpoint goes; half a line before it goes too; what is whole stays."""
-    path = folder / "metrics.jsonl"
+    with tempfile.TemporaryDirectory() as name:
+        _cut_twice(impl, Path(name) / "metrics.jsonl")
+
+
+def _cut_twice(impl: Any, path: Path) -> None:
+    """In the middle of a file, and behind its end."""
     path.write_text("one\ntwo\nthree\nfou")
     record = impl.Record(path, len("one\ntwo\n"))
     record.add("next")
@@ -87,8 +98,8 @@ def law_a_record_is_cut_at_a_whole_line(impl: Any, folder: Path) -> None:
     assert path.read_text() == "one\ntwo\nnext\n"
 
 
-def test_a_record_is_cut_at_a_whole_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    law_a_record_is_cut_at_a_whole_line(records, tmp_path)
+def test_a_record_is_cut_at_a_whole_line(caplog: pytest.LogCaptureFixture) -> None:
+    law_a_record_is_cut_at_a_whole_line(records)
     assert "lacks the last 92 bytes of its lines" in caplog.text
 
 

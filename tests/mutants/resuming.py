@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -163,11 +162,6 @@ class Uncut(Record):
         return min(length, self.path.stat().st_size)
 
 
-def _in_folder(law: Callable[[Any, Path], None], impl: Any) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        law(impl, Path(name))
-
-
 def record_not_cut(path: Path, length: int | None = None) -> Record:
     return Record(path, None if length is None else path.stat().st_size)
 
@@ -321,13 +315,13 @@ MUTANTS = [
     ),
     Mutant(
         "a line lost to a full disk",
-        lambda impl: _in_folder(lines.law_no_line_is_lost_to_a_full_disk, impl),
+        lines.law_no_line_is_lost_to_a_full_disk,
         lambda: nullcontext(SimpleNamespace(Record=Forgetful)),
         "the records have a hole",
     ),
     Mutant(
         "half a line kept",
-        lambda impl: _in_folder(lines.law_a_record_is_cut_at_a_whole_line, impl),
+        lines.law_a_record_is_cut_at_a_whole_line,
         lambda: nullcontext(SimpleNamespace(Record=Uncut)),
         "the line after it cannot be read",
     ),

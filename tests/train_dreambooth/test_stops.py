@@ -113,7 +113,7 @@ def test_a_stop_before_training_saves_nothing_and_says_so(
 
     monkeypatch.setattr(DreamBoothTask, "loi_batches", stopped)
     assert command() == 130
-    assert caplog.messages[-1] == "stopped; nothing was saved"
+    assert caplog.messages[-1] == "stopped at once; what was saved before is intact"
     assert not (tmp_path / "run").exists()
 
 
