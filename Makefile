@@ -45,8 +45,9 @@ help:
 demo: $(READY)
 	$(PY) -m examples.demo
 
+# Two processes of one thread each: two that fight for threads take longer than one.
 test: $(READY)
-	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q --durations=10 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q -n 2 --dist worksteal --durations=10 -m "not slow and not gpu"
 
 check: $(READY)
 	$(PY) -m ruff check .

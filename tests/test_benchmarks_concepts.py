@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import concepts
+from benchmarks import concepts, recognition
 from tests.eval.small_curves import CEILING, small_curve
 
 
@@ -77,7 +77,7 @@ def test_the_tables_count_what_rises_and_what_agrees() -> None:
 def test_a_small_run_trains_examines_and_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps of one concept on the embedded model; a second call trains nothing."""
+    """Two steps of one concept on the embedded model; a second call trains nothing; its adapter is recognized."""
     monkeypatch.setattr(concepts, "BRUTE_FACTOR", 1)
     flags = ["--output", str(tmp_path), "--concepts", "owl", "--seeds", "1", "--jobs", "1"]
     flags += ["--max_train_steps", "2", "--score_steps", "2", "--score_images", "4"]
@@ -92,3 +92,13 @@ def test_a_small_run_trains_examines_and_records(
     assert written["searches"][0]["step"] == 2
     concepts.main(flags)
     assert "owl-0: trained before" in capsys.readouterr().out
+    monkeypatch.setattr(recognition, "SIZES", ((48,), (48, 64)))
+    monkeypatch.setattr(recognition, "PICTURES", 4)
+    recognition.main(["--runs", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 adapters of 1 concepts, 4 pictures of each adapter"
+    assert [line[:16].strip() for line in lines[2:]] == ["effnet 48", "effnet 48+64", "tiny-clip"]
+    # With one concept there is nothing to mistake it for.
+    assert [line.split()[-4] for line in lines[2:]] == ["1.000"] * 3
+    with pytest.raises(SystemExit, match="holds no run"):
+        recognition.main(["--runs", str(tmp_path / "nothing")])

@@ -125,3 +125,4 @@ def test_a_sync_that_fails_ends_nothing(
     monkeypatch.setattr(records.os, "fsync", fails)
     assert record.sync() == len("a line\n")
     assert "cannot be synced" in caplog.text
+    record.close()
