@@ -94,7 +94,7 @@ def test_truncated_to_a_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert row["energy_discarded"] == pytest.approx(share, rel=1e-5)
     out = capsys.readouterr().out
     assert "3 layers to rank 2" in out
-    assert max(map(len, out.splitlines()[:-1])) <= 100
+    assert max(len(line) for line in out.splitlines() if "safetensors" not in line) <= 100
     with safe_open(target, "pt") as file:
         facts = file.metadata()
     assert facts["made_by"] == "truncate to rank 2"

@@ -21,6 +21,7 @@ from dreamrie.commands.table import (
     facts_table,
     names_note,
     percent,
+    printable,
     short,
     table,
     wrapped,
@@ -135,7 +136,8 @@ def report(record: dict[str, Any]) -> list[str]:
     """
     layers = record["layers"]
     ranks = [row["effective_rank"] for row in layers]
-    lines = [*wrapped(record["file"]), *facts_table(_rows(record)), ""]
+    # A path stays in one piece, however long, so that it can be copied.
+    lines = [printable(record["file"]), *facts_table(_rows(record)), ""]
     lines += wrapped(
         f"Change: {len(layers)} layers, norm {record['norm']:.4g} (Frobenius, of all layers together), effective rank "
         f"{sum(ranks) / len(ranks):.1f} on average, {min(ranks):.1f} to {max(ranks):.1f}."
