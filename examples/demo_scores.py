@@ -44,12 +44,12 @@ def score_table(
             metrics.text_similarity(reader.embed_images(pictures), read)
             for pictures in (before, after)
         ]
-    lines = [f"{'':<36} {'base model':<22} {'with the adapter':<22} difference [95 %]"]
+    lines = [f"{'':<39} {'base model':<22} {'with the adapter':<22} difference [95 %]"]
     for name, (old, new) in pairs.items():
         cells = [intervals(values, texts) for values in (old, new, new - old)]
-        lines.append(f"{name:<36} {cells[0]:<22} {cells[1]:<22} {cells[2]}")
+        lines.append(f"{name:<39} {cells[0]:<22} {cells[1]:<22} {cells[2]}")
     ceiling = float(metrics.ceiling(real).mean())
-    lines.append(f"{'real pictures to each other':<36} {ceiling:.3f}")
+    lines.append(f"{'real pictures to each other':<39} {ceiling:.3f}")
     versions = ", ".join(
         f"{name} v{metrics.VERSIONS[name]}" for name in ("image_similarity", "text_similarity")
     )

@@ -184,7 +184,9 @@ def small_vision_encoder(name: str, views: Sequence[preprocessing.Preprocessing]
     Raises:
         ConfigError: see `load_effnet`.
     """
-    return _vision(name, f"{name} image", load_effnet(), *views)
+    # Depthwise convolutions on the CPU take 60 % of the time in this order of memory.
+    network = load_effnet().to(memory_format=torch.channels_last)
+    return _vision(name, f"{name} image", network, *views)
 
 
 def _tiny(name: str, weights: Path | None) -> Encoder:

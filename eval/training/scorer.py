@@ -100,7 +100,8 @@ class ConceptScorer:
         choice = choose(curve)
         opinion = judge(curve, choice, self._plan.max_steps)
         best_step = choice.step if choice else None
-        self._plot(curve, best_step)
+        if len(self._rows) > 1:  # one point is no curve
+            self._plot(curve, best_step)
         return Verdict(
             summary(curve, row),
             best_step,
