@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dreamrie.errors import CheckpointError, NumericalError
-from dreamrie.files import commit_folder
+from dreamrie.files import commit_folder, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def find_checkpoint(run: Path, wanted: str) -> Checkpoint:
     Raises:
         CheckpointError: there is none, the named one is missing or damaged, or none can be read.
     """
+    _put_back(run)
     known = list_checkpoints(run)
     names = ", ".join(path.name for path in known) or "none"
     if wanted != LATEST:
@@ -224,6 +226,16 @@ def remove_old_checkpoints(run: Path, step: int, limit: int | None) -> None:
             shutil.rmtree(gone)
         except OSError as error:
             logger.warning("%s cannot be removed, training goes on: %s", path, error)
+
+
+def _put_back(run: Path) -> None:
+    """Give a checkpoint its name again whose replacement was cut off between two renames."""
+    for aside in run.glob(".checkpoint-*.old"):
+        path = run / aside.name.removeprefix(".").removesuffix(".old")
+        if set_aside(path) == aside and not path.exists():
+            # Another process of this run may have been faster.
+            with suppress(FileNotFoundError):
+                os.replace(aside, path)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -329,5 +341,6 @@ def sweep(run: Path) -> None:
     Args:
         run: output folder.
     """
+    _put_back(run)
     for path in run.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -44,43 +44,35 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def commit_folder(path: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a folder under another name, sync every file and the folder, rename.
+    """Write a folder of files at once, see `new_folder`; an older one of this name is replaced.
+
+    Between the two renames of a replacement neither name stands; who finds `set_aside(path)` without `path` after a
+    crash renames it back.
 
     Args:
-        path: the folder; the one above it exists. An older one of this name is replaced.
+        path: the folder; the one above it exists.
         contents: file names and all of their bytes, in the order of writing.
 
     Raises:
         OSError: it cannot be written; nothing of it is left, and what was there before is intact.
     """
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}."))
-    aside = temporary.with_name(f"{temporary.name}.old")
-    try:
+    with new_folder(path, replaces=True) as folder:
         for name, content in contents.items():
-            with (temporary / name).open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        # mkdtemp gives a folder that its owner alone may enter.
-        temporary.chmod(0o777 & ~_umask())
-        sync_folder(temporary)
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
-    finally:
-        if aside.exists() and not path.exists():
-            os.replace(aside, path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(path.parent)
+            (folder / name).write_bytes(content)
+
+
+def set_aside(path: Path) -> Path:
+    """Name of a folder for the moment in which it is being replaced."""
+    return path.with_name(f".{path.name}.old")
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
     """A folder under another name to write into, which gets its own name when all of it is on the disk.
 
     Args:
-        path: the folder to be; it does not exist, the one above it does.
+        path: the folder to be; the one above it exists.
+        replaces: an older folder of this name gives way; else there must be none.
 
     Yields:
         The folder under its temporary name.
@@ -90,6 +82,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             an error comes from inside.
     """
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}."))
+    aside = set_aside(path) if replaces else None
     try:
         yield temporary
         # mkdtemp gives a folder that its owner alone may enter, and some writers files that he alone may read.
@@ -102,9 +95,16 @@ def new_folder(path: Path) -> Iterator[Path]:
                 place.chmod(0o666 & open_to)
                 _sync_file(place)
         sync_folder(temporary)
+        if aside is not None and path.exists():
+            os.replace(path, aside)
         # On POSIX a rename replaces an empty folder, and nothing else.
-        temporary.rename(path)
+        os.rename(temporary, path)
     finally:
+        if aside is not None and aside.exists():
+            if path.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.replace(aside, path)
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
 

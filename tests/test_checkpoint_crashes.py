@@ -53,7 +53,10 @@ def kill_before(number: int) -> None:
 
         return call
 
-    for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"), (Path, "open")):
+    for module, name in (
+        *((os, "fsync"), (os, "replace"), (os, "rename")),
+        *((shutil, "rmtree"), (Path, "open")),
+    ):
         setattr(module, name, counting(getattr(module, name)))
 
 
@@ -86,6 +89,35 @@ def law_a_crash_at_any_moment_leaves_a_sound_checkpoint(impl: Any) -> None:
                 )  # three files, the folder, the rename, the folder above, the removal
                 return
     raise AssertionError("it never came to an end")
+
+
+def rewrite(folder: Path) -> None:
+    write_checkpoint(folder, 20, state_of(21))
+
+
+def law_a_crash_while_replacing_leaves_one_of_the_two(impl: Any) -> None:
+    """A step that is written again, with nothing beside it: killed before the i-th operation, old or new is found."""
+    seen = set()
+    for number in range(1, 100):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_checkpoint(folder, 20, state_of(20))
+
+            def work(folder: Path = folder, number: int = number) -> None:
+                kill_before(number)
+                impl.rewrite(folder)
+
+            status = in_a_fork(work)
+            found = find_checkpoint(folder, "latest").state
+            seen.add(next(n for n in (20, 21) if same(found, state_of(n))))
+            if status == 0:
+                assert seen == {20, 21}
+                return
+    raise AssertionError("it never came to an end")
+
+
+def test_a_crash_while_replacing_leaves_one_of_the_two() -> None:
+    law_a_crash_while_replacing_leaves_one_of_the_two(sys.modules[__name__])
 
 
 def test_a_crash_at_any_moment_leaves_a_sound_checkpoint() -> None:

@@ -377,6 +377,13 @@ MUTANTS = [
         functools.partial(crashing, remove_old_checkpoints=removed_in_place),
         "half a removal looks like a damaged checkpoint",
     ),
+    Mutant(
+        "a replaced checkpoint not put back",
+        crashes.law_a_crash_while_replacing_leaves_one_of_the_two,
+        functools.partial(crashing, _put_back=lambda run: None),
+        "for a moment neither the old nor the new one has its name",
+        raises=(CheckpointError,),
+    ),
     _crash(
         "deleted before the commit",
         lambda: nullcontext(SimpleNamespace(save_and_prune=deleted_before_the_commit)),
