@@ -120,6 +120,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def sweep_files(folder: Path) -> None:
+    """Remove the half-written files that a killed run left; the caller holds the lock.
+
+    Args:
+        folder: output folder of the run.
+    """
+    own = [path for name in RUN_FILES for path in folder.glob(f".{name[:50]}.*")]
+    # These folders are the run's own, so every hidden file in them is one of `files.write_atomic`.
+    own += [path for name in ("samples", "scored", "best") for path in (folder / name).rglob(".*")]
+    for path in own:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def check_not_in_use(folder: Path) -> None:
     """Say before any work that another run has the folder; for the process that will write.
 

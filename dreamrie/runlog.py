@@ -30,7 +30,13 @@ from dreamrie import __version__
 from dreamrie.checkpoint import sweep
 from dreamrie.errors import CheckpointError, ConfigError, DreamrieError, NumericalError
 from dreamrie.records import Record
-from dreamrie.run_folder import check_output_dir, lock_folder, move_older_run, write_atomic
+from dreamrie.run_folder import (
+    check_output_dir,
+    lock_folder,
+    move_older_run,
+    sweep_files,
+    write_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +176,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._in_use.enter_context(lock_folder(folder))
             sweep(folder)
+            sweep_files(folder)
             if self._resume is None:
                 move_older_run(folder)
             lengths = dict.fromkeys((METRICS, SPECTRUM)) if self._resume is None else self._resume

@@ -100,8 +100,13 @@ def test_what_a_killed_run_left_half_written_is_swept(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-30.x1").mkdir()
     (tmp_path / ".checkpoint-30.x1" / "state.json").write_text("half")
     (tmp_path / ".keep").write_text("mine")
+    (tmp_path / "best").mkdir()
+    halves = [tmp_path / ".run.json.x1", tmp_path / "best" / ".best.json.x2"]
+    for half in halves:
+        half.write_text("half")
     RunLog(tmp_path, 3, quiet=True).close()
     assert not (tmp_path / ".checkpoint-30.x1").exists()
+    assert not [half for half in halves if half.exists()]
     assert (tmp_path / ".keep").read_text() == "mine"
 
 
