@@ -16,10 +16,11 @@ import torch
 from torch.optim import Optimizer
 
 from dreamrie.config import TrainConfig, is_verbose, parse_config, to_yaml
+from dreamrie.diffusion.apart import read_others
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.data import ConceptSet
+from dreamrie.diffusion.hub import hand_over
 from dreamrie.diffusion.images import check_images
-from dreamrie.diffusion.model_card import leave_card
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS
 from dreamrie.diffusion.prepare import (
     check_request,
@@ -33,16 +34,11 @@ from dreamrie.diffusion.task import DreamBoothTask, picture_unit
 from dreamrie.errors import ConfigError, DreamrieError
 from dreamrie.loi import locally_optimal_init
 from dreamrie.lora import attach_lora
+from dreamrie.lora.apart import avoided, keep_apart
 from dreamrie.optimizers import build_optimizer
 from dreamrie.run_folder import check_not_in_use, check_output_dir
 from dreamrie.runlog import RunLog, check_records, exit_code, start_logging
-from dreamrie.trainer import (
-    LoopSettings,
-    Scorer,
-    make_accelerator,
-    sigterm_as_ctrl_c,
-    train,
-)
+from dreamrie.trainer import LoopSettings, Scorer, make_accelerator, sigterm_as_ctrl_c, train
 
 logger = logging.getLogger("dreamrie.train_dreambooth")
 
@@ -60,7 +56,9 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
     # What can be refused is refused before the class pictures, which may take minutes.
     generator, init = torch.Generator().manual_seed(seed), config.adapter.attach_init
     rank, unet = config.adapter.rank, components.unet
+    others = read_others(components, config.adapter.other_adapters)
     pairs = attach_lora(unet, rank, ATTENTION_TARGETS, init=init, generator=generator)
+    keep_apart(pairs, others)
     resolution = check_request(components, config)
     concept = ConceptSet(
         data.instance_data_dir,
@@ -88,6 +86,7 @@ def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer,
             estimator=adapter.loi_estimator,
             lr=settings.spectral_step,
             generator=torch.Generator().manual_seed(config.schedule.seed),
+            avoid=avoided(task.pairs),
         ).summary()
     lr, decay, beta = settings.learning_rate, settings.weight_decay, settings.momentum
     kind = settings.optimizer
@@ -130,7 +129,7 @@ def run(config: TrainConfig, command: Sequence[str]) -> bool:
         result = train(task, optimizer, loop, log, accelerator, scorer, plan)
     if folder and result.saved:
         logger.info("%s", result.summary(folder))
-        leave_card(folder)
+        hand_over(folder, config.output, complete=not result.interrupted)
     return not result.interrupted
 
 

@@ -21,6 +21,9 @@ COMMANDS = {
     "verify": "dreamrie.commands.verify",
     "merge-into-base": "dreamrie.commands.merge_into_base",
     "card": "dreamrie.commands.card",
+    "push": "dreamrie.commands.push",
+    "generate": "dreamrie.commands.generate",
+    "train-llm": "dreamrie.commands.train_llm",
 }
 """Modules with `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code."""
 

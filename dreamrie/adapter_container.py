@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +17,18 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dreamrie.adapter_file import DIFFUSERS_FILE, SETTINGS_KEY
+from dreamrie.adapter_file import (
+    BASE_KEY,
+    DIFFUSERS_FILE,
+    DIGEST_KEY,
+    FORMAT,
+    FORMAT_KEY,
+    LAYERS_KEY,
+    SETTINGS_KEY,
+    content_digest,
+)
 from dreamrie.adapter_peft import PEFT_FILE, PEFT_SETTINGS, settled
+from dreamrie.adapter_spelling import one_name
 from dreamrie.adapter_universal import plain_facts
 from dreamrie.errors import AdapterError
 
@@ -33,6 +43,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _FACTS = "__metadata__"
+_MARKS = (FORMAT_KEY, LAYERS_KEY, BASE_KEY)
 
 
 @dataclass(frozen=True)
@@ -286,4 +297,76 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], space: int) -> None:
     if place != space:
         raise AdapterError(
             f"the adapter {path} is damaged: {space} bytes of weights, {place} are announced. Copy it again."
+        )
+
+
+def check_format(container: Container) -> bool:
+    """Find out whether a file has a digest; one that must have one has it.
+
+    Args:
+        container: the file.
+
+    Returns:
+        Whether it has.
+
+    Raises:
+        AdapterError: another version of the format, or a header of dreamrie that lacks a part.
+    """
+    facts = container.facts
+    version = facts.get(FORMAT_KEY, FORMAT)
+    if version != FORMAT:
+        raise AdapterError(
+            f"the adapter {container.path} is of format {version!r}, and this dreamrie reads {FORMAT!r}. Use the "
+            "dreamrie that wrote it, or copy the file again if it is damaged."
+        )
+    marks = [key for key in facts if key.startswith(_MARKS)]
+    if DIGEST_KEY in facts and (FORMAT_KEY not in facts or LAYERS_KEY not in facts):
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: its header has a digest but lacks {FORMAT_KEY} or {LAYERS_KEY}. "
+            "Copy it again."
+        )
+    if marks and DIGEST_KEY not in facts:
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: its header has {marks[0]} but no {DIGEST_KEY}, which was "
+            "removed or renamed. Copy it again."
+        )
+    return DIGEST_KEY in facts
+
+
+def check_layers(container: Container, found: Iterable[str]) -> None:
+    """A file of dreamrie names its layers, so that whole layers cannot get lost unnamed.
+
+    Args:
+        container: a file with digest.
+        found: layers that it has tensors for.
+
+    Raises:
+        AdapterError: a promised layer has none.
+    """
+    there = {one_name(layer) for layer in found}
+    promised = container.facts[LAYERS_KEY].split("\n")
+    missing = sorted(layer for layer in promised if one_name(layer) not in there)
+    lost = [f"{name}.{part}" for name in missing for part in ("lora_A", "lora_B")]
+    if lost:
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: {len(lost)} of {2 * len(promised)} tensors are missing: "
+            f"{', '.join(lost[:4])}{more}. Copy it again."
+        )
+
+
+def check_digest(container: Container, tensors: Mapping[str, Tensor]) -> None:
+    """Compare the contents with the digest that was written with them.
+
+    Args:
+        container: a file with digest.
+        tensors: its contents.
+
+    Raises:
+        AdapterError: a value, name, type or fact was changed.
+    """
+    if content_digest(tensors, container.facts) != container.facts[DIGEST_KEY]:
+        raise AdapterError(
+            f"the adapter {container.path} is damaged: its digest differs from the one in its header, so a value or a "
+            "fact was changed since it was written. Copy or train it again."
         )

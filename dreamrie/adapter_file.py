@@ -317,6 +317,8 @@ def _named_for_diffusers(changes: Mapping[str, LowRank], dtype: torch.dtype) -> 
         place = canonical(name) if name.startswith(TEXT_ENCODER) else f"unet.{name}"
         for part, tensor in (("A", change.right), ("B", change.left)):
             key = f"{place}.lora_{part}.weight"
+            if key in tensors:
+                raise AdapterError(f"two layers are both {place}; the second is {name}.")
             tensors[key] = rounded(key, tensor, dtype)
     return tensors
 

@@ -1,16 +1,17 @@
-"""Kohya's flat names of U-Net layers, resolved without a model.
+"""Kohya's flat names of layers, resolved without a model.
 
 `lora_unet_down_blocks_0_attentions_0_proj_in` has lost which of its underscores were dots. diffusers names the layers
 of U-Nets of Stable Diffusion 1 and 2 by few words, and no sequence of these words and numbers is, flattened, also
 another one, so that the dots come back by a rule. The rule knows no number of blocks: smaller U-Nets of the same
-design, such as the embedded model, follow it.
+design, such as the embedded model, follow it. The layers of CLIP's text encoder follow one of their own.
 """
 
 from __future__ import annotations
 
 import re
 
-from dreamrie.adapter_universal import UNET_PREFIX
+from dreamrie.adapter_file import TEXT_ENCODER
+from dreamrie.adapter_universal import TEXT_PREFIX, UNET_PREFIX
 
 _ATTENTION = r"to_[qkv]|to_out_(?P<to_out>\d+)"
 _TRANSFORMER = (
@@ -25,6 +26,9 @@ _PLACE = re.compile(
     rf"|resnets_(?P<resnet>\d+)_(?P<part>{_RESNET})"
     r"|(?P<sampler>downsamplers|upsamplers)_(?P<number>\d+)_conv"
     r")"
+)
+_TEXT = re.compile(
+    r"(?:text_model_)?encoder_layers_(\d+)_(self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
 )
 _SINGLE = {
     "conv_in": "conv_in",
@@ -41,8 +45,11 @@ def layer_of_flat(name: str) -> str | None:
         name: with prefix, without the part of the tensor.
 
     Returns:
-        Its path in the U-Net; None for a name that does not follow the rule.
+        Its path in the U-Net, or "text_encoder.text_model. ..." for a layer of CLIP's text encoder; None for a name
+        that does not follow the rule.
     """
+    if name.startswith(TEXT_PREFIX):
+        return _text_layer(name.removeprefix(TEXT_PREFIX))
     short = name.removeprefix(UNET_PREFIX)
     if short in _SINGLE:
         return _SINGLE[short]
@@ -61,3 +68,12 @@ def layer_of_flat(name: str) -> str | None:
     inside = re.sub(r"_(\d+)", r".\1", found["inside"]).replace("_to_", ".to_")
     inside = inside.replace("ff_net", "ff.net").replace("_proj", ".proj")
     return f"{start}.transformer_blocks.{found['block']}.{inside}"
+
+
+def _text_layer(short: str) -> str | None:
+    """self_attn_q_proj: the first underscore and the last are none of the dots."""
+    found = _TEXT.fullmatch(short)
+    if found is None:
+        return None
+    part = found[2].replace("self_attn_", "self_attn.").replace("mlp_", "mlp.")
+    return f"{TEXT_ENCODER}text_model.encoder.layers.{found[1]}.{part}"

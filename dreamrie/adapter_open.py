@@ -3,9 +3,11 @@
 dreamrie's own files, plain LoRA files of diffusers, kohya and PEFT, and PEFT's folders are read. Without a model nobody
 says which layers there are, so
 
-* names with dots are taken as they stand;
+* names with dots are taken as they stand, but for those of CLIP's text encoder, of which there are two layouts: every
+  layer gets the name that begins with `text_encoder.text_model.`;
 * kohya's flat names are resolved by the list of layers in a file of dreamrie, else by the rules by which diffusers
-  names the layers of U-Nets of Stable Diffusion 1 and 2 (`dreamrie.adapter_flat`); any other name is an error;
+  names the layers of U-Nets of Stable Diffusion 1 and 2, and of CLIP (`dreamrie.adapter_flat`); any other name is an
+  error;
 * both factors of a layer must multiply, but nobody knows the shape of the layer.
 
 All other checks of `dreamrie.adapter_reading` hold: the account of bytes, the digest, layers that are missing, alpha,
@@ -14,26 +16,24 @@ values that are not finite.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dreamrie.adapter_container import Container, open_container
-from dreamrie.adapter_file import BASE_KEY, DIGEST_KEY, LAYERS_KEY, TEXT_ENCODER, content_digest
-from dreamrie.adapter_flat import layer_of_flat
-from dreamrie.adapter_names import (
-    _ENDINGS,
-    _PREFIXES,
-    _PROCESSOR,
-    _TEXT_PREFIXES,
-    Places,
-    arrange,
-    foreign_scalings,
+from dreamrie.adapter_container import (
+    Container,
+    check_digest,
+    check_format,
+    check_layers,
+    open_container,
 )
+from dreamrie.adapter_file import BASE_KEY, LAYERS_KEY, TEXT_ENCODER
+from dreamrie.adapter_flat import layer_of_flat
+from dreamrie.adapter_names import Places, grouped
 from dreamrie.adapter_peft import PEFT_PREFIX
-from dreamrie.adapter_reading import _check_format, _check_layers
-from dreamrie.adapter_universal import UNET_PREFIX, kohya_name
+from dreamrie.adapter_scaling import foreign_scalings
+from dreamrie.adapter_spelling import PREFIXES, SECOND_PREFIXES, one_name, parted
+from dreamrie.adapter_universal import TEXT_PREFIX, UNET_PREFIX, kohya_name
 from dreamrie.errors import AdapterError
 from dreamrie.lora import LowRank
 
@@ -64,8 +64,8 @@ class OpenAdapter:
     Attributes:
         path: the file with the weights.
         style: how it names its tensors: "diffusers", "older diffusers", "PEFT", "kohya" or "plain".
-        changes: path of each layer in the model to its change, sorted; scaling 1, in the type of the file where the
-            file's own scaling is 1, else in fp64.
+        changes: path of each layer in the U-Net, or "text_encoder.text_model. ...", to its change, sorted; scaling 1,
+            in the type of the file where the file's own scaling is 1, else in fp64.
         facts: text of its header.
         unchecked: what the file gave no means to check, in words.
         has_digest: the contents are those that dreamrie wrote.
@@ -86,17 +86,6 @@ class OpenAdapter:
         return max(int(change.right.shape[0]) for change in self.changes.values())
 
 
-class _Named:
-    """Stands in for a model of which only the names of layers are known."""
-
-    def __init__(self, layers: set[str]) -> None:
-        self._layers = layers
-
-    def named_modules(self) -> Iterator[tuple[str, None]]:
-        """As torch's modules do."""
-        return ((layer, None) for layer in sorted(self._layers))
-
-
 def open_adapter(path: Path | str) -> OpenAdapter:
     """Read an adapter file.
 
@@ -111,17 +100,14 @@ def open_adapter(path: Path | str) -> OpenAdapter:
     """
     container = open_container(path)
     _refuse_other_kinds(container)
-    has_digest = _check_format(container)
-    places = arrange(container, _named(container))
+    has_digest = check_format(container)
+    places = _arranged(container)
     if has_digest:
-        _check_layers(container, set(places.factors))
+        check_layers(container, places.factors)
     _check_shapes(container, places)
     tensors = container.tensors()
-    if has_digest and content_digest(tensors, container.facts) != container.facts[DIGEST_KEY]:
-        raise AdapterError(
-            f"the adapter {container.path} is damaged: its digest differs from the one in its header, so a value or a "
-            "fact was changed since it was written. Copy or train it again."
-        )
+    if has_digest:
+        check_digest(container, tensors)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise AdapterError(
@@ -172,40 +158,40 @@ def _unchecked(
 # ----------------------------------------------------------------------------------------------------------- names
 
 
-def _named(container: Container) -> Any:
+def _arranged(container: Container) -> Places:
     """The layers that the names of a file stand for."""
-    listed = container.facts.get(LAYERS_KEY, "").split("\n")
-    flat = {kohya_name(layer): layer for layer in listed if layer}
-    layers: set[str] = set()
+    listed = {layer for layer in container.facts.get(LAYERS_KEY, "").split("\n") if layer}
+    flat = {kohya_name(layer): one_name(layer) for layer in listed}
+
+    places = {}
     for name in container.entries:
-        stem = _stem(container, name)
-        if stem.startswith(TEXT_ENCODER):
-            layers.add(stem)
-        elif stem.startswith(UNET_PREFIX):
-            layers.add(flat.get(stem) or _resolved(container, name, stem))
+        stem, part = _taken_apart(container, name)
+        if stem.startswith((UNET_PREFIX, TEXT_PREFIX)):
+            layer = flat.get(stem) or _resolved(container, name, stem)
+        elif stem.startswith(TEXT_ENCODER):
+            layer = one_name(stem)
         else:
-            prefix = next(prefix for prefix in _PREFIXES if stem.startswith(prefix))
-            layers.add(stem.removeprefix(prefix))
-    return _Named(layers)
+            path = stem.removeprefix(next(p for p in PREFIXES if stem.startswith(p)))
+            # PEFT's file of a text encoder says by the names of its layers alone what it is of.
+            layer = path if path in listed else one_name(path)
+        places[name] = layer, part
+    return grouped(container, places)
 
 
-def _stem(container: Container, name: str) -> str:
-    """The name of a tensor without its part, in the spelling of the file."""
-    if name.startswith(_TEXT_PREFIXES) and not name.startswith(TEXT_ENCODER):
+def _taken_apart(container: Container, name: str) -> tuple[str, str]:
+    """Stem and part of a tensor's name, in the spelling of the file."""
+    if name.startswith(SECOND_PREFIXES):
         raise AdapterError(
-            f"the adapter {container.path} also changes a text encoder ({name}), whose layers are not known without "
-            "the model. Load the file with diffusers' load_lora_weights."
+            f"the adapter {container.path} is for a model of two text encoders, such as Stable Diffusion XL: it holds "
+            f"{name}. Models of one are read here."
         )
-    old = _PROCESSOR.search(name)
-    if old:
-        return f"{name[: old.start()]}.{'to_out.0' if old[1] == 'to_out' else old[1]}"
-    ending = next((end for end in _ENDINGS if name.endswith(end)), None)
-    if ending is None or name == ending:
+    found = parted(name)
+    if found is None:
         raise AdapterError(
             f"the adapter {container.path} holds {name}, which is no part of a LoRA. Allowed are names such as "
             "LAYER.lora_A.weight, LAYER.lora_down.weight and LAYER.alpha."
         )
-    return name.removesuffix(ending)
+    return found
 
 
 def _resolved(container: Container, name: str, stem: str) -> str:
@@ -213,8 +199,8 @@ def _resolved(container: Container, name: str, stem: str) -> str:
     if layer is None:
         raise AdapterError(
             f"the adapter {container.path}: the layer of {name} is not known. Flat names can be read without the model "
-            "for U-Nets of Stable Diffusion 1 and 2 as diffusers names their layers; this one is of another model. "
-            "Load it onto that model with dreamrie.load_adapter."
+            "for U-Nets of Stable Diffusion 1 and 2 as diffusers names their layers, and for CLIP's text encoder; this "
+            "one is of another model. Load it onto that model with dreamrie.load_adapter."
         )
     return layer
 
@@ -238,7 +224,7 @@ def _style(container: Container, places: Places) -> str:
 
 
 def _style_of(name: str) -> str:
-    if name.startswith(UNET_PREFIX):
+    if name.startswith((UNET_PREFIX, TEXT_PREFIX)):
         return "kohya"
     if name.startswith(PEFT_PREFIX):
         return "PEFT"

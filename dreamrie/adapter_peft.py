@@ -142,6 +142,6 @@ def settled(settings: Mapping[str, Any]) -> str:
         settings: from JSON.
 
     Returns:
-        JSON with sorted names.
+        JSON with sorted names; patterns keep their order, as the first that fits a layer counts.
     """
-    return json.dumps(settings, sort_keys=True)
+    return json.dumps(dict(sorted(settings.items())))

@@ -1,5 +1,7 @@
 """Load an adapter file onto a model completely, or refuse it with a reason and leave the model as it was.
 
+Where a text encoder is given too, the same holds for both models together.
+
 What is checked, in this order, before the model is touched:
 
 1. the file accounts for each of its bytes (`dreamrie.adapter_container`);
@@ -16,31 +18,37 @@ as a warning and returned.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from dreamrie.adapter_container import Container, open_container
-from dreamrie.adapter_file import (
-    BASE_KEY,
-    DIGEST_KEY,
-    FORMAT,
-    FORMAT_KEY,
-    LAYERS_KEY,
-    content_digest,
+from dreamrie.adapter_container import (
+    Container,
+    check_digest,
+    check_format,
+    check_layers,
+    open_container,
 )
-from dreamrie.adapter_names import arrange, foreign_scalings
+from dreamrie.adapter_file import BASE_KEY, TEXT_ENCODER
+from dreamrie.adapter_names import arrange
+from dreamrie.adapter_scaling import foreign_scalings
 from dreamrie.errors import AdapterError, ConfigError
 from dreamrie.lora import LoraPair, LowRank
 from dreamrie.lora.fingerprint import rounded_fingerprints
-from dreamrie.lora.place import adapted_layer, factor_shapes, largest_rank, place_lora
+from dreamrie.lora.place import (
+    Placing,
+    adapted_layer,
+    factor_shapes,
+    largest_rank,
+    place_together,
+)
 
 _log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
-_MARKS = (FORMAT_KEY, LAYERS_KEY, BASE_KEY)
 # What PEFT and torch raise about a model that they cannot adapt.
 _PLACE_ERRORS = (
     ConfigError,
@@ -63,6 +71,8 @@ class AdapterContents:
         changes: path of each layer in the model to its factors, in the type of the file.
         scalings: what each product counts.
         unchecked: what the file gave no means to check, in words; empty for a file of dreamrie that names its base.
+        text_changes: the same for the text encoder, by paths in it.
+        text_scalings: what each of these counts.
     """
 
     path: Path
@@ -70,6 +80,8 @@ class AdapterContents:
     changes: dict[str, LowRank]
     scalings: dict[str, float]
     unchecked: tuple[str, ...]
+    text_changes: dict[str, LowRank] = field(default_factory=dict)
+    text_scalings: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,11 +92,13 @@ class LoadedAdapter:
         pairs: one for each layer, plain (without anchor), trainable; for an optimizer, or to save again.
         facts: text of the file's header, such as `base_model` and `instance_prompt`.
         unchecked: what the file gave no means to check, in words; empty for a file of dreamrie that names its base.
+        text_pairs: those of the text encoder.
     """
 
     pairs: list[LoraPair]
     facts: dict[str, str]
     unchecked: tuple[str, ...]
+    text_pairs: list[LoraPair] = field(default_factory=list)
 
 
 def load_adapter(
@@ -93,6 +107,7 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     other_base: bool = False,
+    text_encoder: nn.Module | None = None,
 ) -> LoadedAdapter:
     """Put the adapter of a file on a model: all of it, or nothing and an error.
 
@@ -107,31 +122,40 @@ def load_adapter(
             are then read too.
         adapter_name: name of the adapter in PEFT.
         other_base: accept that the base weights are not those that the adapter was trained on; this is logged.
+        text_encoder: CLIP's text encoder that belongs to the U-Net, of any version of transformers; carries no adapter.
+            Layers of it in the file are put on it. Without it, a file that has such layers is refused.
 
     Returns:
         The pairs, what the file says about itself, and what could not be checked.
 
     Raises:
         AdapterError: the file is missing, damaged, changed, incomplete, not finite, made for another model or for
-            other base weights, or the model carries an adapter. The model is as it was, to the bit.
-        ConfigError: `adapter_name` cannot be a name.
+            other base weights, or a model carries an adapter. The models are as they were, to the bit.
+        ConfigError: `adapter_name` cannot be a name, or `model` has a text encoder itself and another one is given.
     """
     if not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a word without dots, got {adapter_name!r}.")
-    contents = read_adapter(model, path, other_base=other_base)
+    contents = read_adapter(model, path, other_base=other_base, text_encoder=text_encoder)
+    placings = [Placing(model, contents.changes, contents.scalings)]
+    if text_encoder is not None:
+        placings.append(Placing(text_encoder, contents.text_changes, contents.text_scalings))
     try:
-        pairs = place_lora(model, contents.changes, contents.scalings, adapter_name)
+        pairs, *others = place_together(placings, adapter_name)
     except _PLACE_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(
             f"the adapter {contents.path} does not fit the model {type(model).__name__}: {reason}. The model is as it "
             "was; give the model that the adapter was trained on."
         ) from error
-    return LoadedAdapter(pairs, contents.facts, contents.unchecked)
+    return LoadedAdapter(pairs, contents.facts, contents.unchecked, *others)
 
 
 def read_adapter(
-    model: nn.Module, path: Path | str, *, other_base: bool = False
+    model: nn.Module,
+    path: Path | str,
+    *,
+    other_base: bool = False,
+    text_encoder: nn.Module | None = None,
 ) -> AdapterContents:
     """Read a file and check it against a model, which is not touched.
 
@@ -139,33 +163,40 @@ def read_adapter(
         model: carries no adapter.
         path: see `load_adapter`.
         other_base: see `load_adapter`.
+        text_encoder: see `load_adapter`; not touched either.
 
     Returns:
         Factors that fit the model.
 
     Raises:
         AdapterError: see `load_adapter`.
+        ConfigError: `model` has a text encoder itself, and another one is given.
     """
     container = open_container(path)
-    _check_free(model, container.path)
-    has_digest = _check_format(container)
-    places = arrange(container, model)
+    models = {"": model} | ({} if text_encoder is None else {TEXT_ENCODER: text_encoder})
+    for part in models.values():
+        _check_free(part, container.path)
+    has_digest = check_format(container)
+    places = arrange(container, model, text_encoder)
     if has_digest:
-        _check_layers(container, set(places.factors))
-    _check_shapes(container, model, places.factors)
+        check_layers(container, places.factors)
+    factors = {prefix: _of_part(places.factors, prefix, models) for prefix in models}
+    for prefix, part in models.items():
+        _check_shapes(container, part, factors[prefix])
     # The values come last: only now is it known that they belong to tensors of the right shapes.
     tensors = container.tensors()
-    if has_digest and content_digest(tensors, container.facts) != container.facts[DIGEST_KEY]:
-        raise AdapterError(
-            f"the adapter {container.path} is damaged: its digest differs from the one in its header, so a value or a "
-            "fact was changed since it was written. Copy or train it again."
-        )
+    if has_digest:
+        check_digest(container, tensors)
     changes = {
-        layer: LowRank(tensors[up], tensors[down]) for layer, (up, down) in places.factors.items()
+        prefix: {layer: LowRank(tensors[up], tensors[down]) for layer, (up, down) in found.items()}
+        for prefix, found in factors.items()
     }
-    _check_finite(container.path, model, changes, places.factors)
+    for prefix, part in models.items():
+        _check_finite(container.path, part, changes[prefix], factors[prefix])
     scalings, unknown = foreign_scalings(container, places, tensors)
     unchecked = _check_base(model, container, other_base)
+    if changes.get(TEXT_ENCODER):
+        unchecked += ("whether the text encoder is the one that it was trained on (it names none)",)
     if not has_digest:
         unchecked = (
             "whether the file is whole and unchanged (it has no digest of dreamrie)",
@@ -174,7 +205,25 @@ def read_adapter(
         )
     if unchecked:
         _log.warning("%s: could not be checked: %s", container.path, "; ".join(unchecked))
-    return AdapterContents(container.path, container.facts, changes, scalings, unchecked)
+    return AdapterContents(
+        path=container.path,
+        facts=container.facts,
+        changes=changes[""],
+        scalings=_of_part(scalings, "", models),
+        unchecked=unchecked,
+        text_changes=changes.get(TEXT_ENCODER, {}),
+        text_scalings=_of_part(scalings, TEXT_ENCODER, models) if TEXT_ENCODER in models else {},
+    )
+
+
+def _of_part(found: Mapping[str, Found], prefix: str, models: Collection[str]) -> dict[str, Found]:
+    """What belongs to one of the models, by paths in it; only with a text encoder beside it are there two."""
+    others = [other for other in models if other and other != prefix]
+    return {
+        layer.removeprefix(prefix): value
+        for layer, value in found.items()
+        if layer.startswith(prefix) and not (others and layer.startswith(tuple(others)))
+    }
 
 
 def _check_free(model: nn.Module, path: Path) -> None:
@@ -183,40 +232,6 @@ def _check_free(model: nn.Module, path: Path) -> None:
         raise AdapterError(
             f"the adapter {path} is not loaded: the model carries an adapter already (at {place}); remove it first, "
             "or load onto a fresh copy of the base model."
-        )
-
-
-def _check_format(container: Container) -> bool:
-    """Whether the file has a digest; one that must have one has it."""
-    facts = container.facts
-    version = facts.get(FORMAT_KEY, FORMAT)
-    if version != FORMAT:
-        raise AdapterError(
-            f"the adapter {container.path} is of format {version!r}, and this dreamrie reads {FORMAT!r}. Use the "
-            "dreamrie that wrote it, or copy the file again if it is damaged."
-        )
-    marks = [key for key in facts if key.startswith(_MARKS)]
-    if DIGEST_KEY in facts and (FORMAT_KEY not in facts or LAYERS_KEY not in facts):
-        raise AdapterError(
-            f"the adapter {container.path} is damaged: its header has a digest but lacks {FORMAT_KEY} or {LAYERS_KEY}. "
-            "Copy it again."
-        )
-    if marks and DIGEST_KEY not in facts:
-        raise AdapterError(
-            f"the adapter {container.path} is damaged: its header has {marks[0]} but no {DIGEST_KEY}, which was "
-            "removed or renamed. Copy it again."
-        )
-    return DIGEST_KEY in facts
-
-
-def _check_layers(container: Container, found: set[str]) -> None:
-    """A file of dreamrie names its layers, so that whole layers cannot get lost unnamed."""
-    promised = set(container.facts[LAYERS_KEY].split("\n"))
-    lost = [f"{name}.{part}" for name in sorted(promised - found) for part in ("lora_A", "lora_B")]
-    if lost:
-        raise AdapterError(
-            f"the adapter {container.path} is damaged: {len(lost)} of {2 * len(promised)} tensors are missing: "
-            f"{_few(lost)}. Copy it again."
         )
 
 
@@ -248,6 +263,8 @@ def _check_shapes(
 
 def _check_rank(container: Container, model: nn.Module, ranks: Mapping[str, int]) -> None:
     """A file may pad its narrow layers to the rank of the others; more than that only costs memory."""
+    if not ranks:
+        return
     layer, largest = max(ranks, key=lambda name: ranks[name]), largest_rank(model)
     if ranks[layer] > largest:
         raise AdapterError(
@@ -306,8 +323,3 @@ def _check_base(model: nn.Module, container: Container, other_base: bool) -> tup
         f"the adapter {container.path} is not loaded: {text}. Load the base model that it was trained on, or pass "
         "other_base=True if another base is what you want."
     )
-
-
-def _few(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

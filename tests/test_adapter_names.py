@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreamrie import adapter_names, adapter_reading
+from dreamrie import adapter_reading, adapter_scaling
 from dreamrie.adapter_names import arrange
 from dreamrie.adapter_reading import LoadedAdapter, load_adapter
 from dreamrie.errors import AdapterError
@@ -31,7 +31,7 @@ NO_BASE = "whether the model has the base weights that it was trained on (it nam
 NO_ALPHA = "its strength (it states no alpha; alpha = rank was taken)"
 REAL = SimpleNamespace(
     load_adapter=lambda *a, **k: adapter_reading.load_adapter(*a, **k),
-    foreign_scalings=lambda *a, **k: adapter_names.foreign_scalings(*a, **k),
+    foreign_scalings=lambda *a, **k: adapter_scaling.foreign_scalings(*a, **k),
 )
 
 
@@ -119,21 +119,6 @@ def test_foreign_spellings_are_read(
     assert all(NO_DIGEST in text and NO_BASE in text for text in said)
 
 
-def test_names_of_the_oldest_diffusers() -> None:
-    """Attention processors, to_out among them."""
-    layers = {"a.attn1.to_q", "a.attn1.to_out.0"}
-    place = adapter_names._place
-    assert place("unet.a.attn1.processor.to_q_lora.down.weight", layers, {}) == (
-        "a.attn1.to_q",
-        "down",
-    )
-    assert place("unet.a.attn1.processor.to_out_lora.up.weight", layers, {}) == (
-        "a.attn1.to_out.0",
-        "up",
-    )
-    assert place("unet.a.attn1.processor.to_v_lora.up.weight", layers, {})[0] is None
-
-
 @pytest.mark.parametrize("writer", ["diffusers", "kohya"])
 def test_files_of_the_real_writers(writer: str, tmp_path: Path) -> None:
     """diffusers' own writer with its settings in the header, and its converter to kohya: same output on a U-Net."""
@@ -202,8 +187,13 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "not JSON": ("{", "is not JSON"),
     "a list": ("[1]", "is not JSON"),
     "DoRA": ({"unet.r": 2, "unet.use_dora": True}, "asks for use_dora"),
-    "rank-stabilized": ({"unet.r": 2, "unet.use_rslora": True}, "asks for use_rslora"),
-    "alpha by layer": ({"unet.r": 2, "unet.alpha_pattern": {"mix": 9}}, "asks for alpha_pattern"),
+    "root in words": ({"unet.r": 2, "unet.use_rslora": "yes"}, "use_rslora .* got 'yes'"),
+    "alpha in a list": (
+        {"unet.r": 2, "unet.alpha_pattern": [9]},
+        "alpha_pattern .* positive numbers",
+    ),
+    "rank of another": ({"unet.r": 2, "unet.rank_pattern": {"mix": 9}}, r"r = 9 .*mix.*rank \[2\]"),
+    "no expression": ({"unet.r": 2, "unet.alpha_pattern": {"(": 9}}, "no regular expression"),
     "another rank": ({"unet.r": 3, "unet.lora_alpha": 3}, r"r = 3 .*rank \[2\]"),
     "no rank": ({}, r"r = None and lora_alpha = None"),
     "alpha of zero": ({"unet.r": 2, "unet.lora_alpha": 0}, "lora_alpha = 0"),

@@ -242,8 +242,8 @@ def test_the_strength_of_a_folder_is_that_of_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"use_rslora": True}, "asks for use_rslora in its adapter_config.json"),
-        ({"alpha_pattern": {"mix": 7}}, "asks for alpha_pattern"),
+        ({"use_dora": True}, "asks for use_dora in its adapter_config.json"),
+        ({"alpha_pattern": {"mix": -7}}, "alpha_pattern in its .* positive numbers"),
         ({"peft_type": "LOHA"}, "asks for peft_type = 'LOHA'"),
         ({"bias": "all"}, "asks for bias"),
         ({"init_lora_weights": "PiSSA_niter_4"}, "asks for init_lora_weights = 'PiSSA_niter_4'"),

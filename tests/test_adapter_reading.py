@@ -144,7 +144,7 @@ STRUCTURE: dict[str, tuple[Change, str]] = {
     "extra layer": (extra_layer, r"2 of 8 tensors have no place.*unet\.more\.lora_A"),
     "extra tensor": (extra_tensor, "1 of 7 tensors have no place.*lora_magnitude"),
     "layer without a matrix": (extra_known_layer, "does not fit.*deep.norm.*BatchNorm2d"),
-    "text encoder": (text_encoder, "1 of 7 tensors are not of a U-Net, the first is text_encoder"),
+    "text encoder": (text_encoder, "1 of 7 tensors .* a text encoder, the first is text_encoder"),
     "one place twice": (same_place_twice, "names one place twice.*lora_down"),
     "wrong rank": (narrower, r"size mismatch.*mix\.lora_B.*\(6, 5\).*\(6, 6\) for rank 6"),
     "rank too large": (huge_rank, "layer mix has rank 7; allowed is 1 to 6"),

@@ -130,6 +130,7 @@ def saved_by_a_run(folder: Path, parts: Any, pairs: Any) -> Path:
         model=parts.unet,
         pairs=pairs,
         concept=SimpleNamespace(instance=SimpleNamespace(prompt="a sks dog"), resolution=64),
+        _facts={},
     )
     DreamBoothTask.save(task, folder, {"steps": "7"})  # type: ignore[arg-type]
     return folder / "pytorch_lora_weights.safetensors"

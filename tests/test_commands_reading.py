@@ -39,6 +39,22 @@ def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     return lines
 
 
+def test_info_says_how_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Start and settings, where the file names them."""
+    plain = save_small(tmp_path)
+    given, known = (
+        open_adapter(plain),
+        {"init": "loi, of 7 batches", "config_hash": "0123456789abcdef"},
+    )
+    named = save_diffusers(tmp_path / "n.safetensors", given.changes, {**given.facts, **known})
+    text = "\n".join(told(["info", str(named), "--json", str(tmp_path / "i.json")], capsys))
+    assert "start      loi, of 7 batches" in text
+    assert "settings   hash 0123456789abcdef" in text
+    record = json.loads((tmp_path / "i.json").read_text("utf-8"))
+    assert (record["start"], record["config_hash"]) == (known["init"], known["config_hash"])
+    assert "settings " not in "\n".join(told(["info", str(plain)], capsys))
+
+
 def test_info_says_what_the_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_small(tmp_path)
     lines = told(["info", str(tmp_path), "--json", str(tmp_path / "i.json")], capsys)

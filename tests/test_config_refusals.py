@@ -42,6 +42,13 @@ BAD_FLAGS = [
     (["--loi_batches", "8", "--init", "pissa"], ["--loi_batches", "--init loi"]),
     (["--loi_batches", "8", "--optimizer", "adamw"], ["--loi_batches", "--init loi"]),
     (["--loi_estimator", "sketch", "--init", "olora"], ["--loi_estimator", "--init loi"]),
+    (["--orthogonal_to", "a", "--init", "pissa"], ["--orthogonal_to", "--init loi"]),
+    (["--orthogonal_to", "a", "--optimizer", "adamw"], ["orthogonal_to", "--optimizer riemannion"]),
+    (["--orthogonal_to", ""], ["orthogonal_to", "must not be empty"]),
+    (
+        ["--preview_from_export"],
+        ["preview_from_export", "does nothing", "--validation_prompt or --score_steps"],
+    ),
     (["--lr_warmup_steps", "401"], ["lr_warmup_steps", "400"]),
     (["--with_prior_preservation"], ["class_data_dir", "with_prior_preservation"]),
     (["--with_prior_preservation", "--class_data_dir", "c"], ["class_prompt"]),

@@ -147,6 +147,8 @@ def test_a_start_small_beside_a_step_is_refused_and_never_a_default() -> None:
         (["--score_images", "8", "--score_steps", "9"], []),
         (["--logging_dir", "x", "--report_to", "tensorboard"], []),
         (["--validation_steps", "50", "--validation_prompt", "a dog"], []),
+        (["--preview_from_export", "--validation_prompt", "a dog"], []),
+        (["--preview_from_export", "--score_steps", "9"], []),
     ],
 )
 def test_a_setting_that_does_nothing_is_warned_about(

@@ -114,6 +114,8 @@ def describe(adapter: OpenAdapter) -> dict[str, Any]:
         },
         "trigger": facts.get("instance_prompt"),
         "steps": facts.get("steps"),
+        "start": facts.get("init"),
+        "config_hash": facts.get("config_hash"),
         "loaded_by": _LOADERS[adapter.style],
         "rank_stored": adapter.rank_stored,
         "rank_trained": facts.get("rank_trained"),
@@ -193,6 +195,10 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("training", ", ".join(part for part in training if part) or "not named"),
         ("rank", f"{record['rank_stored']} stored, {record['rank_trained'] or 'unknown'} trained"),
     ]
+    if "init" in facts:
+        rows.append(("start", facts["init"]))
+    if "config_hash" in facts:
+        rows.append(("settings", f"hash {facts['config_hash']}"))
     if "made_by" in facts:
         rows.append(("made by", facts["made_by"]))
     return [*rows, ("unchecked", "; ".join(record["unchecked"]))]

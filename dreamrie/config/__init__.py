@@ -6,12 +6,16 @@ Every setting has one name, the same on the command line (`--learning_rate 1e-3`
 
 from __future__ import annotations
 
+from dreamrie.config.llm_config import LlmConfig
 from dreamrie.config.reading import (
+    add_settings,
     build_parser,
     closest,
+    config_of,
     is_verbose,
     make_config,
     parse_config,
+    read_config,
 )
 from dreamrie.config.resume import check_same_settings, with_earlier_warmup
 from dreamrie.config.schema import (
@@ -33,6 +37,7 @@ __all__ = [
     "GROUPS",
     "AdapterSettings",
     "DataSettings",
+    "LlmConfig",
     "ModelSettings",
     "OptimizerSettings",
     "OutputSettings",
@@ -42,13 +47,16 @@ __all__ = [
     "ScoreSettings",
     "TrainConfig",
     "ValidationSettings",
+    "add_settings",
     "build_parser",
     "check_same_settings",
     "closest",
+    "config_of",
     "is_verbose",
     "make_config",
     "parse_config",
     "parse_yaml",
+    "read_config",
     "to_yaml",
     "with_earlier_warmup",
 ]

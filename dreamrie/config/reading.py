@@ -7,15 +7,17 @@ import difflib
 import logging
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from dreamrie.config.llm_config import LlmConfig
+from dreamrie.config.method import groups_of
 from dreamrie.config.text import message, parse_yaml
-from dreamrie.config.train_config import GROUPS, TrainConfig
+from dreamrie.config.train_config import TrainConfig
 from dreamrie.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -23,12 +25,15 @@ logger = logging.getLogger(__name__)
 # A settings file is a page; anything longer was given by mistake.
 MAX_FILE_BYTES = 1_000_000
 
+AnyConfig = TypeVar("AnyConfig", TrainConfig, LlmConfig)
+Kind = type[TrainConfig] | type[LlmConfig]
 
-def _fields() -> dict[str, tuple[str, FieldInfo]]:
+
+def _fields(kind: Kind) -> dict[str, tuple[str, FieldInfo]]:
     """All settings: name to (group, field)."""
     return {
         name: (group, field)
-        for group, model in GROUPS.items()
+        for group, model in groups_of(kind).items()
         for name, field in model.model_fields.items()
     }
 
@@ -104,10 +109,23 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    for name, model in GROUPS.items():
+    add_settings(parser, TrainConfig)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, kind: Kind, without: Sequence[str] = ()) -> None:
+    """Declare a flag for every setting, one section of --help per group, and --config.
+
+    Args:
+        parser: of the command.
+        kind: which configuration.
+        without: settings that the command has flags for already.
+    """
+    for name, model in groups_of(kind).items():
         section = parser.add_argument_group(name, (model.__doc__ or "").strip())
         for setting, field in model.model_fields.items():
-            _add_flag(section, setting, field)
+            if setting not in without:
+                _add_flag(section, setting, field)
         if name == "run":
             section.add_argument(
                 "--config",
@@ -116,7 +134,6 @@ def build_parser() -> argparse.ArgumentParser:
                 help="settings by the same names, one `name: value` per line",
                 default=argparse.SUPPRESS,
             )
-    return parser
 
 
 def _normalized(argv: Sequence[str]) -> list[str]:
@@ -151,7 +168,9 @@ def _parse_flags(argv: Sequence[str]) -> dict[str, Any]:
             )
         name = word.lstrip("-").partition("=")[0]
         raise ConfigError(
-            message(f"--{name} is not a setting", "command line", closest(name, _fields()))
+            message(
+                f"--{name} is not a setting", "command line", closest(name, _fields(TrainConfig))
+            )
         )
     return vars(known)
 
@@ -164,17 +183,17 @@ def is_verbose(argv: Sequence[str]) -> bool:
 # ------------------------------------------------------------------------------------ checking
 
 
-def _explain(error: ValidationError, sources: dict[str, str]) -> str:
+def _explain(error: ValidationError, sources: dict[str, str], kind: Kind) -> str:
     """First complaint of the schema in our words; the others by name."""
     issues = error.errors(include_url=False)
-    first, fields = issues[0], _fields()
+    first, fields = issues[0], _fields(kind)
     # Location: (group, setting, index...), (group, setting, type...) or () for a combination.
     named = [str(part) for part in first["loc"][1:] if part in fields]
     complaint = str(first["msg"]).removeprefix("Value error, ")
     name = named[0] if named else complaint.split(" ")[0].strip("'")
     where = sources.get(name, "not given")
     if first["type"] == "missing":
-        return message(f"--{name} is missing", "command line", _describe(name))
+        return message(f"--{name} is missing", "command line", _describe(name, fields))
     if not named:
         return message(complaint, where, "change one of the two settings")
     got = reprlib.repr(first["input"])
@@ -184,18 +203,34 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> str:
         return message(what, where, closest(first["input"], choices))
     others = {str(part) for issue in issues for part in issue["loc"][1:] if part in fields} - {name}
     more = f" (also wrong: {', '.join(sorted(others))})" if others else ""
-    return message(what, where, _describe(name) + more)
+    return message(what, where, _describe(name, fields) + more)
 
 
-def _describe(name: str) -> str:
+def _describe(name: str, fields: Mapping[str, tuple[str, FieldInfo]]) -> str:
     """What a setting is, from the schema."""
-    return f"give {name}: {_fields()[name][1].description}" if name in _fields() else "see --help"
+    return f"give {name}: {fields[name][1].description}" if name in fields else "see --help"
 
 
 def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -> TrainConfig:
+    """Check the settings of a DreamBooth training, see `config_of`.
+
+    Args:
+        values: setting name to value, as from YAML or flags.
+        sources: setting name to where it was given, for messages.
+
+    Returns:
+        The resolved configuration. Errors are those of `config_of`.
+    """
+    return config_of(TrainConfig, values, sources)
+
+
+def config_of(
+    kind: type[AnyConfig], values: Mapping[str, Any], sources: Mapping[str, str] | None = None
+) -> AnyConfig:
     """Check values by setting name and fill in what follows from them.
 
     Args:
+        kind: which configuration.
         values: setting name to value, as from YAML or flags.
         sources: setting name to where it was given, for messages.
 
@@ -205,8 +240,8 @@ def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -
     Raises:
         ConfigError: an unknown name, a value out of range or of another type, a bad combination.
     """
-    fields, sources = _fields(), sources or {}
-    nested: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    fields, sources = _fields(kind), dict(sources or {})
+    nested: dict[str, dict[str, Any]] = {group: {} for group in groups_of(kind)}
     for name, value in values.items():
         if name not in fields:
             where = sources.get(name, "settings")
@@ -215,9 +250,9 @@ def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -
             continue  # `variant:` with nothing after it is the default
         nested[fields[name][0]][name] = value
     try:
-        config = TrainConfig.model_validate(nested).resolved()
+        config = kind.model_validate(nested).resolved()
     except ValidationError as error:
-        raise ConfigError(_explain(error, sources)) from error
+        raise ConfigError(_explain(error, sources, kind)) from error
     _check_start(config, sources)
     for name, remedy in config.idle().items():
         if values.get(name) is not None:
@@ -225,7 +260,7 @@ def make_config(values: dict[str, Any], sources: dict[str, str] | None = None) -
     return config
 
 
-def _check_start(config: TrainConfig, sources: dict[str, str]) -> None:
+def _check_start(config: TrainConfig | LlmConfig, sources: dict[str, str]) -> None:
     """Refuse a start that is small beside a step, before the model is loaded and in a dry run too."""
     scale, rate = config.adapter.start_scale, config.optimizer.spectral_step
     if scale is None or rate is None or abs(scale) >= 10 * rate * (1 - 1e-9):
@@ -277,10 +312,23 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: anything about it that cannot work.
     """
-    flags = _parse_flags(argv)
+    return read_config(TrainConfig, _parse_flags(argv))
+
+
+def read_config(kind: type[AnyConfig], given: Mapping[str, Any]) -> AnyConfig:
+    """Join flags and the file that they name; flag, then file, then default.
+
+    Args:
+        kind: which configuration.
+        given: setting name to value of the flags that were given; "config" is the file.
+
+    Returns:
+        The resolved configuration. Errors are those of `config_of`, and a file that cannot be read.
+    """
+    flags = dict(given)
     path = flags.pop("config", None)
     values = _read_file(path) if path is not None else {}
     sources = dict.fromkeys(values, str(path)) | {
         name: f"--{name} on the command line" for name in flags
     }
-    return make_config(values | flags, sources)
+    return config_of(kind, values | flags, sources)

@@ -122,8 +122,8 @@ class PriorSettings(Group):
     )
 
 
-class AdapterSettings(Group):
-    """The low-rank change of each attention layer."""
+class StartSettings(Group):
+    """The low-rank change of each adapted layer, and where it starts."""
 
     rank: Count = Field(4, description="rank of the trained change of a layer")
     init: (
@@ -154,6 +154,21 @@ class AdapterSettings(Group):
     def is_anchored(self) -> bool:
         """Whether the start is a point of the manifold, balanced by a frozen copy of itself."""
         return self.init not in PLAIN_INITS
+
+
+class AdapterSettings(StartSettings):
+    """The low-rank change of each attention layer."""
+
+    orthogonal_to: Texts = Field(
+        default_factory=list,
+        description="adapter files, or folders of trainings, that this one is to be added to: its change stays away "
+        "from the input directions of theirs; with riemannion and the loi start only",
+    )
+
+    @property
+    def other_adapters(self) -> list[Path]:
+        """Paths of `orthogonal_to`."""
+        return [Path(text).expanduser() for text in self.orthogonal_to]
 
 
 class OptimizerSettings(Group):
@@ -224,6 +239,11 @@ class ValidationSettings(Group):
     guidance_scale: Amount | None = Field(
         None, description="classifier-free guidance; default 7.5, for the embedded model 4"
     )
+    preview_from_export: bool = Field(
+        False,
+        description="make validation pictures and scores from the saved file, loaded as any user of diffusers loads "
+        "it, instead of from the adapter in training",
+    )
 
 
 class ScoreSettings(Group):
@@ -259,7 +279,7 @@ class ScoreSettings(Group):
     )
 
 
-class OutputSettings(Group):
+class RecordSettings(Group):
     """What is written, and where."""
 
     output_dir: PathText = Field(
@@ -280,6 +300,20 @@ class OutputSettings(Group):
     )
     checkpoints_total_limit: Annotated[int, Field(ge=0)] = Field(
         2, description="how many checkpoints to keep, the oldest goes first; 0: all"
+    )
+
+
+class OutputSettings(RecordSettings):
+    """What is written, and where."""
+
+    push_to_hub: bool = Field(
+        False,
+        description="after the last step push the adapter, the model card and its pictures to the Hugging Face Hub; a "
+        "repository that does not exist yet becomes a private one. Photos, prompts and settings stay here",
+    )
+    hub_model_id: Text | None = Field(
+        None,
+        description="repository to push to, OWNER/NAME; default: the name of the output folder, below your own name",
     )
 
 

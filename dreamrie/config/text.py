@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from dreamrie.config.train_config import GROUPS, TrainConfig
+from dreamrie.config.llm_config import LlmConfig
+from dreamrie.config.method import groups_of
+from dreamrie.config.train_config import TrainConfig
 from dreamrie.errors import ConfigError
 
 
@@ -127,11 +129,11 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
-def to_yaml(config: TrainConfig) -> str:
+def to_yaml(config: TrainConfig | LlmConfig) -> str:
     """Write a configuration so that `--config` reads the same one back."""
     idle = config.idle()
     parts = ["# Settings of a dreamrie training; use with --config.\n"]
-    for group, model in GROUPS.items():
+    for group, model in groups_of(type(config)).items():
         if group == "run":
             continue
         values = {
@@ -139,7 +141,10 @@ def to_yaml(config: TrainConfig) -> str:
             for name, value in getattr(config, group)
             if value is not None
             # Read back, a setting that does nothing would be refused or warned about.
-            and not (name in idle and value == model.model_fields[name].default)
+            and not (
+                name in idle
+                and value == model.model_fields[name].get_default(call_default_factory=True)
+            )
         }
         if values:
             text = yaml.dump(

@@ -10,6 +10,15 @@ from typing import Any
 
 from pydantic import model_validator
 
+from dreamrie.config.identity import settings_hash
+from dreamrie.config.method import (
+    check_method,
+    check_warmup,
+    filled,
+    follow_method,
+    idle_method,
+    start_facts,
+)
 from dreamrie.config.schema import (
     AdapterSettings,
     DataSettings,
@@ -24,20 +33,10 @@ from dreamrie.config.schema import (
     ValidationSettings,
 )
 
-# These have a momentum of their own; AdamW and its relatives keep torch's betas.
-MOMENTUM_OPTIMIZERS = ("riemannion", "muon")
-DEFAULT_LEARNING_RATE = {
-    "riemannion": 1e-3,
-    "adamw": 1e-4,
-    "loraplus": 1e-4,
-    "scaledgd": 1e-4,
-    "muon": 1e-3,
-}
 # The embedded model's scores on its model card were measured at 4.
 EMBEDDED_GUIDANCE, USUAL_GUIDANCE = 4.0, 7.5
 # These do nothing without another setting, so giving one alone is a mistake.
 PRIOR_ONLY = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
-LOI_ONLY = ("loi_batches", "loi_estimator")
 # These too, but `--score_steps 0` may switch off what a file says about scores, so they are only warned about.
 SCORES_ONLY = tuple(name for name in ScoreSettings.model_fields if name != "score_steps")
 # The rare word of the DreamBooth paper and of nearly every command since.
@@ -47,11 +46,6 @@ USUAL_WORD = "sks"
 def usual_guidance(is_embedded: bool) -> float:
     """Guidance at which a model draws at its best, as far as is known."""
     return EMBEDDED_GUIDANCE if is_embedded else USUAL_GUIDANCE
-
-
-def usual_init(optimizer: str) -> str:
-    """Start that goes with an optimizer; PEFT's default one and a factor-wise optimizer are the usual LoRA."""
-    return "loi" if optimizer == "riemannion" else "default"
 
 
 GROUPS: dict[str, type[Group]] = {
@@ -86,29 +80,17 @@ class TrainConfig(Group):
     def _combinations(self) -> TrainConfig:
         """Refuse what is fine alone but not together; the first word of a message is the setting."""
         name, adapter, prior = self.optimizer.optimizer, self.adapter, self.prior
-        init = adapter.init or usual_init(name)
-        if name == "riemannion" and not adapter.is_anchored:
+        check_method(adapter, self.optimizer)
+        if adapter.orthogonal_to and name != "riemannion":
             raise ValueError(
-                f"init {adapter.init!r} starts from a change of rank 0, which is not a point of "
-                "the manifold that riemannion moves on; use --init loi (or orthonormal, pissa), "
-                "or --optimizer adamw"
-            )
-        if adapter.start_scale == 0:
-            raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
-        if adapter.start_scale is not None and init != "loi":
-            raise ValueError(
-                f"start_scale is a setting of init loi, not of init {init}; leave it out, "
-                "or add --init loi"
-            )
-        if self.optimizer.momentum is not None and name not in MOMENTUM_OPTIMIZERS:
-            raise ValueError(
-                f"momentum is not a setting of {name}; leave it out, "
-                f"or use --optimizer {MOMENTUM_OPTIMIZERS[0]}"
+                f"orthogonal_to is not a setting of {name}, whose steps would leave the directions that are kept; "
+                "leave it out, or use --optimizer riemannion"
             )
         if prior.with_prior_preservation and not (prior.class_data_dir and prior.class_prompt):
             missing = "class_prompt" if prior.class_data_dir else "class_data_dir"
             raise ValueError(f"{missing} must be given together with with_prior_preservation")
         given = prior.model_fields_set | adapter.model_fields_set
+        given |= {"preview_from_export"} if self.validation.preview_from_export else set()
         for setting, remedy in self.idle().items():
             if setting in given:
                 raise ValueError(
@@ -120,29 +102,23 @@ class TrainConfig(Group):
                 "them out"
             )
         self._check_scores()
-        warmup, steps = self.schedule.lr_warmup_steps, self.schedule.max_train_steps
-        if warmup is not None and warmup > steps:
-            raise ValueError(
-                f"lr_warmup_steps is {warmup}, more than the whole run (max_train_steps {steps})"
-            )
+        check_warmup(self.schedule)
         return self
 
     def idle(self) -> dict[str, str]:
         """Settings that do nothing because of another one; name to the flag that would change that."""
-        name = self.optimizer.optimizer
         found: dict[str, str] = {}
         if not self.prior.with_prior_preservation:
             found |= dict.fromkeys(PRIOR_ONLY, "--with_prior_preservation")
-        if (self.adapter.init or usual_init(name)) != "loi":
-            found |= dict.fromkeys(LOI_ONLY, "--init loi")
-        if self.output.report_to != "tensorboard":
-            found["logging_dir"] = "--report_to tensorboard"
+        found |= idle_method(self.adapter, self.optimizer, self.output)
         if not self.validation.validation_prompt:
             found["validation_steps"] = "--validation_prompt"
         if not self.scores.score_steps:
             found |= dict.fromkeys(SCORES_ONLY, "--score_steps")
-        if not self.output.checkpointing_steps:
-            found["checkpoints_total_limit"] = "--checkpointing_steps"
+            if not self.validation.validation_prompt:
+                found["preview_from_export"] = "--validation_prompt or --score_steps"
+        if not self.output.push_to_hub:
+            found["hub_model_id"] = "--push_to_hub"
         return found
 
     def with_resolution(self, resolution: int) -> TrainConfig:
@@ -186,7 +162,13 @@ class TrainConfig(Group):
             "inference_steps": checks.num_inference_steps,
             "guidance_scale": checks.guidance_scale,
             "sample_batch_size": self.prior.sample_batch_size,
+            "facts": self.file_facts(),
+            "preview_from_export": checks.preview_from_export,
         }
+
+    def file_facts(self) -> dict[str, str]:
+        """What the header of the adapter says about settings: hash of those that decide, and the kind of start."""
+        return {"config_hash": settings_hash(dict(self)), "init": start_facts(self.adapter)}
 
     def loop_values(self) -> dict[str, Any]:
         """Arguments of `dreamrie.trainer.LoopSettings`."""
@@ -211,30 +193,15 @@ class TrainConfig(Group):
 
     def resolved(self) -> TrainConfig:
         """Fill in every value that follows from others."""
-        name, rank = self.optimizer.optimizer, self.adapter.rank
-        init = self.adapter.init or usual_init(name)
         is_embedded = self.model.pretrained_model_name_or_path is None
         steps = self.schedule.max_train_steps
-        rate = self.optimizer.learning_rate or DEFAULT_LEARNING_RATE[name]
-        # A start below 10 steps would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
-        start = max(0.1 / rank**0.5, 10 * rate if name == "riemannion" else 0.0)
         follow: dict[str, dict[str, object]] = {
-            "optimizer": {
-                "learning_rate": rate,
-                "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
-                "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
-            },
-            "adapter": {"init": init, "start_scale": start if init == "loi" else None},
+            **follow_method(self.adapter, self.optimizer),
             "schedule": {"lr_warmup_steps": self.default_warmup(steps)},
             "validation": {"guidance_scale": usual_guidance(is_embedded)},
             "scores": self._resolved_scores(is_embedded) if self.scores.score_steps else {},
         }
-        changed = {}
-        for group, values in follow.items():
-            settings: Group = getattr(self, group)
-            missing = {key: v for key, v in values.items() if getattr(settings, key) is None}
-            changed[group] = settings.model_copy(update=missing)
-        return self.model_copy(update=changed)
+        return self.model_copy(update=filled(self, follow))
 
     def _resolved_scores(self, is_embedded: bool) -> dict[str, object]:
         """What the scores are computed with."""

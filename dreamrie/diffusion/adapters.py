@@ -28,16 +28,18 @@ _log = logging.getLogger(__name__)
 
 __all__ = [
     "ADAPTER_NAME",
+    "LOAD_ERRORS",
     "adapter_off",
     "find_adapter",
     "load_saved_adapter",
+    "load_with_diffusers",
     "read_metadata",
     "remove_adapter",
 ]
 
 ADAPTER_NAME = "saved"
 # What safetensors, diffusers and PEFT raise about a file that is damaged or of another model.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 
 
 def load_saved_adapter(
@@ -69,19 +71,11 @@ def load_saved_adapter(
         unet.requires_grad_(False)
         return facts
     contents = read_adapter(unet, path, other_base=other_base or asked_for)
-    pipe = _pipeline(components)
     before = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     try:
-        with quiet_libraries():
-            pipe.load_lora_weights(
-                str(path.parent),
-                weight_name=path.name,
-                adapter_name=ADAPTER_NAME,
-                local_files_only=True,
-                use_safetensors=True,
-            )
+        load_with_diffusers(components, path, ADAPTER_NAME)
         lost = _not_attached(unet, contents)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         _undo(components, before)
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(
@@ -97,6 +91,24 @@ def load_saved_adapter(
         )
     unet.requires_grad_(False)
     return facts
+
+
+def load_with_diffusers(components: Components, path: Path, adapter_name: str) -> None:
+    """Diffusers' own loader, quietly; what it raises goes through (`LOAD_ERRORS`).
+
+    Args:
+        components: the model; may carry adapters of other names.
+        path: a file that diffusers reads; it is not checked.
+        adapter_name: in PEFT.
+    """
+    with quiet_libraries():
+        _pipeline(components).load_lora_weights(
+            str(path.parent),
+            weight_name=path.name,
+            adapter_name=adapter_name,
+            local_files_only=True,
+            use_safetensors=True,
+        )
 
 
 def remove_adapter(components: Components) -> None:

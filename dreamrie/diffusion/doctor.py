@@ -192,6 +192,24 @@ def _table(found: Diagnosis) -> list[str]:
     return lines
 
 
+def advice(found: Diagnosis) -> tuple[list[str], list[str]]:
+    """What to do about a folder, and what need not be changed but is worth knowing.
+
+    Args:
+        found: by `diagnose`.
+
+    Returns:
+        Sentences of both kinds.
+    """
+    steps = [f"{fault.rstrip('.')}." for fault in found.faults]
+    remarks: list[str] = []
+    for code, text in _ADVICE.items():
+        names = [p.path.name for p in found.pictures if p.has(frozenset({code}))]
+        if names:
+            (remarks if code in REMARKS else steps).append(text % ", ".join(names))
+    return steps, remarks
+
+
 def _summary(found: Diagnosis) -> list[str]:
     """How many can be used, and what to do."""
     usable = [picture for picture in found.pictures if picture.is_usable]
@@ -203,12 +221,7 @@ def _summary(found: Diagnosis) -> list[str]:
         lines.append("No captions: the instance prompt will say it for every picture.")
     if found.ignored:
         lines.append(f"Ignored: {', '.join(found.ignored)}.")
-    steps = [f"{fault.rstrip('.')}." for fault in found.faults]
-    remarks: list[str] = []
-    for code, text in _ADVICE.items():
-        names = [p.path.name for p in found.pictures if p.has(frozenset({code}))]
-        if names:
-            (remarks if code in REMARKS else steps).append(text % ", ".join(names))
+    steps, remarks = advice(found)
     if steps:
         lines += ["What to do:", *(f"- {step}" for step in steps)]
     elif found.pictures:

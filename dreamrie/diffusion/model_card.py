@@ -16,7 +16,7 @@ from typing import Any
 from dreamrie.adapter_container import read_metadata
 from dreamrie.config import parse_yaml
 from dreamrie.diffusion.card_scores import Scores, read_scores, score_lines
-from dreamrie.diffusion.source import _HUB_ID, _WITHDRAWN, ALIASES, EMBEDDED
+from dreamrie.diffusion.source import ALIASES, EMBEDDED, HUB_ID, WITHDRAWN
 from dreamrie.errors import AdapterError, CheckpointError, ConfigError, DreamrieError
 from dreamrie.run_folder import ADAPTER, CARD, CARD_MARK, is_own_card, write_atomic
 
@@ -174,11 +174,11 @@ def _base(source: Mapping[str, Any]) -> Base:
             "the small model that ships with dreamrie (64 x 64 pixels, a toy for tests and demos)"
         )
         return Base("", "", words, "embedded_directory()")
-    if resolved in _WITHDRAWN:
-        mirror, pin = ALIASES[_WITHDRAWN[resolved]]
+    if resolved in WITHDRAWN:
+        mirror, pin = ALIASES[WITHDRAWN[resolved]]
         words = f"`{mirror}` (the same weights as `{resolved}`, which left the Hub)"
         return Base(mirror, pin or "", words, json.dumps(mirror))
-    if _HUB_ID.fullmatch(resolved):
+    if HUB_ID.fullmatch(resolved):
         return Base(resolved, commit, f"`{resolved}`", json.dumps(resolved))
     return Base("", "", "a model from a local folder", '"FOLDER-OF-THE-BASE-MODEL"')
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,18 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from dreamrie.config.train_config import usual_guidance
 from dreamrie.diffusion.components import Components, load_components
-from dreamrie.diffusion.source import resolve_model
+from dreamrie.diffusion.source import EMBEDDED, resolve_model
 from dreamrie.errors import ConfigError, NumericalError
 
 __all__ = [
     "ATTENTION_TARGETS",
     "Components",
+    "DrawRequest",
     "Posterior",
     "check_prompt",
+    "draw",
     "encode_latents",
     "encode_posterior",
     "encode_prompts",
@@ -139,6 +143,95 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
     return torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class DrawRequest:
+    """What to draw.
+
+    Attributes:
+        prompts: one for each picture.
+        seeds: one for each picture.
+        negative_prompt: what the pictures are led away from; does nothing at a guidance of 1 or less.
+        steps: denoising steps.
+        guidance_scale: weight of classifier-free guidance; 1 turns it off; None: the model's usual one.
+        width: in pixels; None: the model's own.
+        height: in pixels; None: the model's own.
+        batch_size: pictures at a time.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    negative_prompt: str = ""
+    steps: int = 25
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    batch_size: int = 4
+
+
+def draw(
+    components: Components,
+    request: DrawRequest,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Draw one picture for each prompt with plain diffusers and the model's own noise schedule (DDIM).
+
+    A picture depends on its prompt and seed alone, not on its neighbours: each has a generator of its own, on
+    the CPU, so that every device starts from the same noise.
+
+    Args:
+        components: the model, with whatever adapters it carries at the moment.
+        request: what to draw; sizes are such that the U-Net can halve their latents.
+        on_step: called with (done, total) after every denoising step of all batches together. What it raises ends
+            the drawing and goes through; the model is then as it was.
+
+    Returns:
+        RGB pictures.
+
+    Raises:
+        NumericalError: a picture is not finite.
+    """
+    count, size = len(request.prompts), request.batch_size
+    guidance = request.guidance_scale
+    if guidance is None:
+        guidance = usual_guidance(components.source.resolved == EMBEDDED)
+    starts = range(0, count, size)
+    total, done = request.steps * len(starts), 0
+
+    def stepped(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, total)
+        return values
+
+    pictures: list[Image.Image] = []
+    with _ready_to_sample(components) as pipe, torch.no_grad():
+        for start in starts:
+            prompts = list(request.prompts[start : start + size])
+            seeds = request.seeds[start : start + size]
+            latents = pipe(
+                prompt=prompts,
+                negative_prompt=[request.negative_prompt] * len(prompts),
+                num_inference_steps=request.steps,
+                guidance_scale=guidance,
+                width=request.width,
+                height=request.height,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                callback_on_step_end=stepped,
+            ).images
+            if not bool(torch.isfinite(latents).all()):
+                raise NumericalError(
+                    f"the model drew a picture that is not finite (prompts {prompts}). "
+                    "Training has diverged, or fp16 overflowed: lower --learning_rate or use bf16."
+                )
+            scaled = latents.to(components.vae.dtype) / components.vae.config.scaling_factor
+            pixels = components.vae.decode(scaled, return_dict=False)[0]
+            pictures += pipe.image_processor.postprocess(pixels, output_type="pil")
+    return pictures
+
+
 def sample(
     components: Components,
     prompts: Sequence[str],
@@ -148,10 +241,7 @@ def sample(
     guidance_scale: float = 7.5,
     batch_size: int = 8,
 ) -> list[Image.Image]:
-    """Draw one picture for each prompt with plain diffusers and the model's own noise schedule (DDIM).
-
-    A picture depends on its prompt and seed alone, not on its neighbours: each has a generator of its own, on
-    the CPU, so that every device starts from the same noise.
+    """Draw squares of the model's own size, see `draw`.
 
     Args:
         components: the model, with whatever adapters it carries at the moment.
@@ -162,32 +252,18 @@ def sample(
         batch_size: pictures at a time.
 
     Returns:
-        RGB pictures of the model's own resolution.
-
-    Raises:
-        NumericalError: a picture is not finite.
+        RGB pictures of the model's own resolution. A picture that is not finite is a `NumericalError`.
     """
-    pictures: list[Image.Image] = []
-    with _ready_to_sample(components) as pipe, torch.no_grad():
-        for start in range(0, len(prompts), batch_size):
-            chunk = slice(start, start + batch_size)
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
-            latents = pipe(
-                prompt=list(prompts[chunk]),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=generators,
-                output_type="latent",
-            ).images
-            if not bool(torch.isfinite(latents).all()):
-                raise NumericalError(
-                    f"the model drew a picture that is not finite (prompts {list(prompts[chunk])}). "
-                    "Training has diverged, or fp16 overflowed: lower --learning_rate or use bf16."
-                )
-            scaled = latents.to(components.vae.dtype) / components.vae.config.scaling_factor
-            pixels = components.vae.decode(scaled, return_dict=False)[0]
-            pictures += pipe.image_processor.postprocess(pixels, output_type="pil")
-    return pictures
+    return draw(
+        components,
+        DrawRequest(
+            tuple(prompts),
+            tuple(seeds),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+        ),
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamrie.config import TrainConfig, to_yaml
+from dreamrie.diffusion.hub import check_hub
 from dreamrie.diffusion.pipeline import Components, check_prompt
 from dreamrie.diffusion.prior import ensure_class_images, own_class_images
 from dreamrie.diffusion.task import DreamBoothTask, check_resolution
@@ -14,7 +15,7 @@ from dreamrie.run_folder import folder_for_older_run
 
 
 def check_request(components: Components, config: TrainConfig) -> int:
-    """Check resolution and prompts against the model, before minutes are spent on class pictures.
+    """Check resolution and prompts against the model, and the way to the Hub, before minutes are spent on pictures.
 
     Args:
         components: the model.
@@ -24,10 +25,12 @@ def check_request(components: Components, config: TrainConfig) -> int:
         Side of the training pictures in pixels: as given, else the model's own.
 
     Raises:
-        ConfigError: the U-Net cannot take the resolution, or the text encoder a prompt.
+        ConfigError: the U-Net cannot take the resolution, or the text encoder a prompt; or the result is to be pushed
+            to the Hub and cannot be.
     """
     resolution = config.data.resolution or components.resolution
     check_resolution(components, resolution)
+    check_hub(config.output)
     if config.prior.with_prior_preservation:  # without, the task checks them a moment later
         prompts = [("--instance_prompt", config.data.instance_prompt)]
         prompts += [("--class_prompt", config.prior.class_prompt or "")]

@@ -11,6 +11,7 @@ import torch
 
 from dreamrie.checkpoint import Checkpoint, find_checkpoint
 from dreamrie.config import TrainConfig, check_same_settings, to_yaml, with_earlier_warmup
+from dreamrie.diffusion.apart import others_fingerprint
 from dreamrie.diffusion.task import DreamBoothTask
 from dreamrie.errors import CheckpointError
 from dreamrie.lora.fingerprint import base_fingerprint
@@ -79,6 +80,9 @@ def checkpoint_plan(
         ),
         "threads": f"{torch.get_num_threads()} on {platform.machine()}",
     }
+    if config.adapter.orthogonal_to:
+        name = "the content of the adapters to be orthogonal to"
+        facts[name] = others_fingerprint(config.adapter.other_adapters)
     return Checkpoints(
         every=output.checkpointing_steps or None,
         limit=output.checkpoints_total_limit or None,

@@ -40,7 +40,7 @@ ALIASES: dict[str, tuple[str, str | None]] = {
 }
 
 # Withdrawn by their publisher in November 2025: the alias whose mirror holds the same weights.
-_WITHDRAWN: dict[str, str] = {
+WITHDRAWN: dict[str, str] = {
     "stabilityai/stable-diffusion-2-base": "sd2-base",
     "stabilityai/stable-diffusion-2-1-base": "sd2.1-base",
     "stabilityai/stable-diffusion-2": "sd2",
@@ -64,12 +64,12 @@ _REQUIRED = (
     "scheduler/scheduler_config.json",
 )
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # What diffusers and huggingface_hub raise when a repository cannot be had. The bases of the hub's own error
 # name the transport errors of whichever HTTP library it is built on.
-_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def resolve_model(
         _check_layout(path, what)
         return ModelSource(requested, str(path.resolve()), path)
     repository, pinned = ALIASES.get(requested, (requested, None))
-    if not _HUB_ID.fullmatch(repository):
+    if not HUB_ID.fullmatch(repository):
         raise ConfigError(
             f"{FLAG} {requested!r}: there is no such folder (looked at {path.absolute()}), and it is neither an alias "
             f"nor a Hub id of the form owner/name. {_choices()}"
@@ -183,9 +183,9 @@ def _download(requested: str, repository: str, revision: str | None, variant: st
                     feature_extractor=None,
                 )
             return Path(folder)
-        except _HUB_ERRORS as error:
+        except HUB_ERRORS as error:
             failure = error
-    if repository in _WITHDRAWN or repository in _WITHDRAWN_WITHOUT_MIRROR:
+    if repository in WITHDRAWN or repository in _WITHDRAWN_WITHOUT_MIRROR:
         raise ConfigError(withdrawn_message(repository)) from failure
     wanted = repository if revision is None else f"{repository} at revision {revision}"
     reason = (
@@ -212,7 +212,7 @@ def withdrawn_message(repository: str) -> str:
             f"mirror of it is known here. Of its family, {', '.join(ALIASES)} can be trained: use "
             f"`{FLAG} {next(iter(ALIASES))}`, or give a local directory."
         )
-    mirror, revision = ALIASES[_WITHDRAWN[repository]]
+    mirror, revision = ALIASES[WITHDRAWN[repository]]
     pin = "" if revision is None else f" --revision {revision}"
     return (
         f"`{repository}` was withdrawn from the Hub in November 2025. The same weights are mirrored. "

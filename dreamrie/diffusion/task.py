@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from dreamrie.adapter_file import save_diffusers_lora
+from dreamrie.diffusion.adapters import adapter_off
 from dreamrie.diffusion.batch import Batch, latent_mask, picture_errors
 from dreamrie.diffusion.cache import LatentCache
 from dreamrie.diffusion.data import ConceptSet
+from dreamrie.diffusion.exported import drawn_from_export
 from dreamrie.diffusion.images import contact_sheet, save_png
 from dreamrie.diffusion.pipeline import (
     Components,
@@ -55,6 +58,8 @@ class DreamBoothTask:
         inference_steps: denoising steps of a sample.
         guidance_scale: classifier-free guidance of a sample.
         sample_batch_size: samples drawn at a time.
+        preview_from_export: draw samples with the adapter as it is saved, loaded by diffusers.
+        facts: about the settings, for the header of the file.
 
     Attributes:
         name: "dreambooth".
@@ -78,6 +83,8 @@ class DreamBoothTask:
         inference_steps: int = 25,
         guidance_scale: float = 7.5,
         sample_batch_size: int = 4,
+        preview_from_export: bool = False,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"--train_batch_size must be at least 1, got {batch_size}.")
@@ -104,6 +111,8 @@ class DreamBoothTask:
         self._inference_steps = inference_steps
         self._guidance_scale = guidance_scale
         self._sample_batch_size = sample_batch_size
+        self._preview_from_export = preview_from_export
+        self._facts = dict(facts or {})
         if gradient_checkpointing:
             components.unet.enable_gradient_checkpointing()
         self._caches = [LatentCache(components.vae, pictures) for pictures in concept.sets]
@@ -200,20 +209,30 @@ class DreamBoothTask:
         if not prompts:
             return {}
         seeds = [derive_seed(self._seed, "sample", i) for i in range(self._num_validation_images)]
-        pictures = sample(
-            self.components,
-            prompts,
-            seeds * len(self._validation_prompts),
-            steps=self._inference_steps,
-            guidance_scale=self._guidance_scale,
-            batch_size=self._sample_batch_size,
-        )
+        with self._as_shown(step):
+            pictures = sample(
+                self.components,
+                prompts,
+                seeds * len(self._validation_prompts),
+                steps=self._inference_steps,
+                guidance_scale=self._guidance_scale,
+                batch_size=self._sample_batch_size,
+            )
         directory.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures):
             save_png(picture, directory / f"step-{step:06d}-{number}.png")
         sheet = contact_sheet(pictures, columns=self._num_validation_images)
         save_png(sheet, directory / f"step-{step:06d}.png")
         return {}
+
+    def _as_shown(self, step: int) -> AbstractContextManager[None]:
+        """The model for samples: as it is in memory, or as a user of its file will have it."""
+        if not self._preview_from_export:
+            return nullcontext()
+        if step == 0:  # nothing has changed, so there is nothing to save
+            return adapter_off(self.components)
+        facts = {"steps": str(step)}
+        return drawn_from_export(self.components, lambda folder: self.save(folder, facts))
 
     def save(self, directory: Path, metadata: Mapping[str, str]) -> None:
         """Write the adapter for plain diffusers.
@@ -232,7 +251,8 @@ class DreamBoothTask:
             "instance_prompt": self.concept.instance.prompt,
             "resolution": str(self.concept.resolution),
         }
-        save_diffusers_lora(directory, self.pairs, {**own, **metadata}, base=self.model)
+        known = {**own, **self._facts, **metadata}
+        save_diffusers_lora(directory, self.pairs, known, base=self.model)
 
     def _group_loss(self, model: Any, batch: Batch, rows: list[int]) -> Tensor:
         """What the rows of one size add to the loss of a micro-batch."""

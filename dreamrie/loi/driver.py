@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamrie.errors import ConfigError, NumericalError
 from dreamrie.fixed_rank import Point, random_point, working_dtype
+from dreamrie.loi.complement import Complement, complements
 from dreamrie.loi.estimators import Loss, backprop_rsvd, evaluate, mean_gradient, sketch
 from dreamrie.loi.points import LeadingSvd, split_point
 from dreamrie.loi.session import (
@@ -44,7 +45,8 @@ class LayerReport:
         alpha: size of the start, singular values |alpha|.
         energy: |P_X(G)|_F^2 of the estimated gradient at the start that was written.
         optimum: the most that any rank-r start can hold, sum of the first 2r sigma^2.
-        share: energy over |G|_F^2, where the full gradient is known; else nan.
+        share: energy over |G|_F^2, where the full gradient is known; else nan. With directions to avoid,
+            G here and above is what is left of the gradient without them.
         gap: sigma_2r / sigma_2r+1.
     """
 
@@ -116,6 +118,7 @@ def locally_optimal_init(
     oversample: int | None = None,
     power: int | None = None,
     generator: torch.Generator | None = None,
+    avoid: Sequence[Tensor | None] | None = None,
 ) -> LoiReport:
     """Write the locally optimal start X0 = alpha U_1 V_2^T into anchored pairs.
 
@@ -135,13 +138,15 @@ def locally_optimal_init(
         oversample: p of `backprop_rsvd`; default r.
         power: q of `backprop_rsvd`; default 1.
         generator: source of test matrices; default a new one with seed 0.
+        avoid: for each pair, orthonormal V (in, q) of input directions that its start must not respond to, or None:
+            X0 V = 0, and X0 is the best of those starts, from the gradient G (I - V V^T). See `dreamrie.lora.apart`.
 
     Returns:
         Energies per layer; also logged.
 
     Raises:
         ConfigError: a setting cannot work, a pair has no anchor, a weight is tied or quantized, no
-            layer has a gradient.
+            layer has a gradient, or `avoid` leaves a layer too few directions.
         NumericalError: something is not finite, or a promise is broken: the energy is not the
             optimum, step 0 changed, the base was written.
     """
@@ -150,6 +155,8 @@ def locally_optimal_init(
     random = generator if generator is not None else torch.Generator().manual_seed(0)
     before = [digest(pair.base_weight) for pair in pairs]
     own = [(pair.left.detach().clone(), pair.right.detach().clone()) for pair in pairs]
+    rooms = complements(pairs, avoid)
+    limits: dict[str, Any] = {} if avoid is None else {"avoid": avoid}
     kept: list[Any] = []
     done = False
     with undisturbed(model):
@@ -157,18 +164,18 @@ def locally_optimal_init(
         if estimator == "backprop_rsvd":
             found, count = backprop_rsvd(
                 model, pairs, loss, seen, random,
-                oversample=oversample, power=1 if power is None else power,
+                oversample=oversample, power=1 if power is None else power, **limits,
             )  # fmt: skip
         else:
             run = sketch if estimator == "sketch" else mean_gradient
-            found, count = run(model, pairs, loss, seen, random)
+            found, count = run(model, pairs, loss, seen, random, **limits)
         try:
-            starts = _starts(pairs, found, sizes, random)
+            starts = _starts(pairs, rooms, found, sizes, random)
             for pair, start in zip(pairs, starts, strict=True):
                 pair.set_start(start, anchored=True)
             layers = tuple(
-                _check_layer(pair, svd, size)
-                for pair, svd, size in zip(pairs, found, sizes, strict=True)
+                _check_layer(pair, room, svd, size)
+                for pair, room, svd, size in zip(pairs, rooms, found, sizes, strict=True)
             )
             change = _loss_change(model, pairs, loss, kept[0])
             for pair, old in zip(pairs, before, strict=True):
@@ -236,6 +243,7 @@ def _keep_first(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
 
 def _starts(
     pairs: Sequence[LoiPair],
+    rooms: Sequence[Complement],
     found: Sequence[LeadingSvd],
     sizes: Sequence[float],
     generator: torch.Generator,
@@ -255,17 +263,19 @@ def _starts(
             len(silent), len(pairs), silent[0],
         )  # fmt: skip
     starts: list[Point] = []
-    for pair, svd, size in zip(pairs, found, sizes, strict=True):
+    for pair, room, svd, size in zip(pairs, rooms, found, sizes, strict=True):
         if pair.name in silent:
             dtype = working_dtype(pair.left.dtype)
-            drawn = random_point(pair.out, pair.in_, pair.rank, generator=generator, dtype=dtype)
-            starts.append(Point(drawn.u, torch.full_like(drawn.s, abs(size)), drawn.v))
+            drawn = random_point(pair.out, room.size, pair.rank, generator=generator, dtype=dtype)
+            drawn = Point(*(part.to(pair.right.device) for part in drawn))
+            start = Point(drawn.u, torch.full_like(drawn.s, abs(size)), drawn.v)
         else:
-            starts.append(split_point(svd, pair.rank, size))
+            start = split_point(svd, pair.rank, size)
+        starts.append(room.lift_point(start))
     return starts
 
 
-def _check_layer(pair: LoiPair, svd: LeadingSvd, alpha: float) -> LayerReport:
+def _check_layer(pair: LoiPair, room: Complement, svd: LeadingSvd, alpha: float) -> LayerReport:
     """Read the start back from the factors and hold it to what LOI promises."""
     exact = working_dtype(pair.left.dtype) == pair.left.dtype
     point = pair.point()
@@ -281,7 +291,13 @@ def _check_layer(pair: LoiPair, svd: LeadingSvd, alpha: float) -> LayerReport:
             f"layer {pair.name!r}: point and anchor differ by {rest:.1e} at step 0, so the function "
             "of the model would change."
         )
-    energy, optimum = svd.energy(point), svd.optimum(pair.rank)
+    inside = room.restrict_point(point)
+    along = room.share_outside(point)
+    if along > (1e-5 if exact else 2e-2):
+        raise NumericalError(
+            f"layer {pair.name!r}: a share {along:.1e} of the start lies along the directions to avoid."
+        )
+    energy, optimum = svd.energy(inside), svd.optimum(pair.rank)
     if energy < (1.0 - (1e-3 if exact else 2e-2)) * optimum:
         raise NumericalError(
             f"layer {pair.name!r}: the start holds {energy / optimum:.4f} of the optimal gradient "

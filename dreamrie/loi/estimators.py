@@ -6,6 +6,9 @@
   gradient, so batches add up; works on quantized bases.
 - `backprop_rsvd`: Alg. 3 as corrected. Every pass must see the same objective, so the batches are
   kept and the random streams are replayed.
+
+All three take `avoid`, one V (in, q) or None for each pair. Their triples are then those of G N, in coordinates of the
+directions N that are left, see `dreamrie.loi.complement`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from dreamrie.errors import ConfigError, NumericalError
 from dreamrie.fixed_rank import thin_svd, working_dtype
+from dreamrie.loi.complement import Complement, complements
 from dreamrie.loi.points import (
     LeadingSvd,
     gaussian,
@@ -57,6 +61,8 @@ def mean_gradient(
     loss: Loss,
     batches: Iterable[Any],
     generator: torch.Generator,
+    *,
+    avoid: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[LeadingSvd], int]:
     """Leading triples of the gradient averaged over all batches, accumulated in fp32 or fp64.
 
@@ -67,6 +73,7 @@ def mean_gradient(
         ConfigError: a base weight takes no gradient or is used in more than one place.
     """
     _require_own_weights(model, pairs)
+    rooms = complements(pairs, avoid)
     weights = [pair.base_weight for pair in pairs]
     sums = [torch.zeros_like(w, dtype=working_dtype(w.dtype)) for w in weights]
     count = 0
@@ -87,9 +94,10 @@ def mean_gradient(
             weight.requires_grad_(False)
     _require_batches(count)
     found: list[LeadingSvd] = []
-    for pair, total in zip(pairs, sums, strict=True):
+    for pair, total, room in zip(pairs, sums, rooms, strict=True):
         _require_finite(pair, total)
-        found.append(leading_svd(pair.as_matrix(total / count), 2 * pair.rank + 1, generator))
+        matrix = room.restrict(pair.as_matrix(total / count))
+        found.append(leading_svd(matrix, 2 * pair.rank + 1, generator))
     return found, count
 
 
@@ -99,28 +107,33 @@ def sketch(
     loss: Loss,
     batches: Iterable[Any],
     generator: torch.Generator,
+    *,
+    avoid: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[LeadingSvd], int]:
     """Leading triples from one two-sided sketch: one backward pass per batch, no full gradient.
 
     The temporary adapter has left = [0 | Psi], right = [Omega^T ; 0]: its product is zero, and one
-    backward pass gives c G Omega and c Psi^T G. Widths 16 r and 32 r, or the whole side.
+    backward pass gives c G Omega and c Psi^T G. Widths 16 r and 32 r, or the whole side. With directions to avoid,
+    Omega is N Omega: both sketches are then those of G N.
 
     Returns:
         One decomposition per pair and the number of batches.
     """
-    tests = [_test_matrices(pair, generator) for pair in pairs]
+    rooms = complements(pairs, avoid)
+    tests = [_test_matrices(pair, room, generator) for pair, room in zip(pairs, rooms, strict=True)]
     lefts, rights = [], []
-    for omega, psi in tests:
-        lefts.append(torch.cat([psi.new_zeros(psi.shape[0], omega.shape[1]), psi], dim=1))
-        rights.append(torch.cat([omega.T, omega.new_zeros(psi.shape[1], omega.shape[0])]))
+    for (omega, psi), pair, room in zip(tests, pairs, rooms, strict=True):
+        lefts.append(torch.cat([psi.new_zeros(pair.out, omega.shape[1]), psi], dim=1))
+        rights.append(torch.cat([room.lift(omega).T, omega.new_zeros(psi.shape[1], pair.in_)]))
     gradients, count, _ = _factor_gradients(model, pairs, loss, batches, lefts, rights)
     _require_batches(count)
     found: list[LeadingSvd] = []
-    for pair, (omega, psi), (left, right) in zip(pairs, tests, gradients, strict=True):
+    for pair, room, (omega, psi), (left, right) in zip(pairs, rooms, tests, gradients, strict=True):
         _require_finite(pair, left, right)
         width = omega.shape[1]
         scale = pair.scaling * count
-        found.append(sketch_svd(left[:, :width] / scale, psi, right[width:] / scale))
+        rows = room.restrict(right[width:] / scale)
+        found.append(sketch_svd(left[:, :width] / scale, psi, rows))
     return found, count
 
 
@@ -133,6 +146,7 @@ def backprop_rsvd(
     *,
     oversample: int | None = None,
     power: int = 1,
+    avoid: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[LeadingSvd], int]:
     """Leading triples by randomized SVD, each product one pass over all batches, all layers at once.
 
@@ -147,6 +161,7 @@ def backprop_rsvd(
         generator: source of Omega.
         oversample: p; default the rank of each layer.
         power: q.
+        avoid: V (in, q) of each pair, or None.
 
     Returns:
         One decomposition per pair and the number of batches.
@@ -157,11 +172,14 @@ def backprop_rsvd(
     """
     kept = list(batches)
     _require_batches(len(kept))
+    rooms = complements(pairs, avoid)
     replay = RandomState()
     first: list[float] = []
 
     def products(frames: list[Tensor], transposed: bool) -> list[Tensor]:
         replay.restore()
+        if not transposed:
+            frames = [room.lift(frame) for room, frame in zip(rooms, frames, strict=True)]
         zeros = [f.new_zeros(f.shape[1], p.in_ if transposed else p.out)
                  for f, p in zip(frames, pairs, strict=True)]  # fmt: skip
         lefts = frames if transposed else [zero.T for zero in zeros]
@@ -175,16 +193,17 @@ def backprop_rsvd(
                 "global random streams or fix it per batch; or use estimator='mean_gradient'."
             )
         out: list[Tensor] = []
-        for pair, (left, right) in zip(pairs, gradients, strict=True):
+        for pair, room, (left, right) in zip(pairs, rooms, gradients, strict=True):
             _require_finite(pair, left, right)
-            out.append((right.T if transposed else left) / (pair.scaling * count))
+            product = room.restrict(right).T if transposed else left
+            out.append(product / (pair.scaling * count))
         return out
 
     starts: list[Tensor] = []
-    for pair in pairs:
+    for pair, room in zip(pairs, rooms, strict=True):
         width = 2 * pair.rank + (pair.rank if oversample is None else oversample)
-        width = min(width, pair.out, pair.in_)
-        starts.append(gaussian(pair.right, pair.in_, width, generator))
+        width = min(width, pair.out, room.size)
+        starts.append(gaussian(pair.right, room.size, width, generator))
     bases = [orthonormal(part) for part in products(starts, False)]
     for _ in range(power):
         bases = [orthonormal(part) for part in products(bases, True)]
@@ -224,14 +243,16 @@ def _factor_gradients(
     return sums, count, total / max(count, 1)
 
 
-def _test_matrices(pair: LoiPair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Omega (in, k) and Psi (out, l); the identity where the width reaches the whole side."""
-    width = min(16 * pair.rank, pair.in_, pair.out)
+def _test_matrices(
+    pair: LoiPair, room: Complement, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Omega (size, k) and Psi (out, l); the identity where the width reaches the whole side."""
+    width = min(16 * pair.rank, room.size, pair.out)
     co_width = min(32 * pair.rank, pair.out)
     dtype = working_dtype(pair.left.dtype)
-    omega = gaussian(pair.right, pair.in_, width, generator)
+    omega = gaussian(pair.right, room.size, width, generator)
     psi = gaussian(pair.left, pair.out, co_width, generator)
-    if width == pair.in_:
+    if width == room.size:
         omega = torch.eye(width, dtype=dtype, device=pair.right.device)
     if co_width == pair.out:
         psi = torch.eye(co_width, dtype=dtype, device=pair.left.device)

@@ -12,16 +12,23 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dreamrie.errors import ConfigError
 from dreamrie.fixed_rank import Point, point_from_factors, random_point
+from dreamrie.lora.injecting import (
+    check_layer,
+    inject,
+    matrix_shape,
+    put_back,
+    seeded,
+    trainable_flags,
+)
 from dreamrie.lora.pairs import (
     ANCHOR_MARK,
     LoraPair,
@@ -93,9 +100,9 @@ def attach_lora(
     )
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with contextlib.ExitStack() as undo:
-        undo.callback(_put_back, model, layers, adapter_name, _trainable(model))
-        with _seeded(model, seed):
-            _inject(model, config, adapter_name)
+        undo.callback(put_back, model, layers, adapter_name, trainable_flags(model))
+        with seeded(model, seed):
+            inject(model, config, adapter_name)
         pairs = lora_pairs(model, adapter_name)
         if sorted(pair.name for pair in pairs) != sorted(layers):
             raise ConfigError(
@@ -112,28 +119,6 @@ def attach_lora(
     if init == "orthonormal" and not with_anchor:
         _log.warning("start without anchor: the function of the model changes at step 0")
     return pairs
-
-
-def _trainable(model: nn.Module) -> dict[str, bool]:
-    """Whether each parameter requires a gradient."""
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-
-def _put_back(
-    model: nn.Module, layers: dict[str, nn.Module], adapter_name: str, trainable: dict[str, bool]
-) -> None:
-    """Undo an injection that failed half-way: a model is adapted completely or not at all."""
-    for name, module in layers.items():
-        model.set_submodule(name, module)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
-    books: Any = model
-    if adapter_name in getattr(model, "peft_config", {}):
-        del books.peft_config[adapter_name]
-        if not books.peft_config:
-            del books.peft_config
-    if hasattr(model, "_hf_peft_config_loaded") and not hasattr(model, "peft_config"):
-        books._hf_peft_config_loaded = False
 
 
 def _check_settings(
@@ -214,7 +199,7 @@ def resolve_targets(
         if not hits:
             raise ConfigError(_no_match(model, target))
         for name, module in hits.items():
-            _check_layer(model, name, module)
+            check_layer(model, name, module)
         overlap = sorted(set(hits) & set(found))
         if overlap:
             raise ConfigError(f"layer {overlap[0]!r} is named by more than one of {names}.")
@@ -233,28 +218,11 @@ def _no_match(model: nn.Module, target: str) -> str:
     )
 
 
-def _check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise if this layer cannot carry a new LoRA."""
-    if isinstance(module, BaseTunerLayer):
-        raise ConfigError(
-            f"layer {name!r} already carries an adapter ({type(module).__name__}, active "
-            f"{list(module.active_adapters)}). Remove it first, read it with dreamrie.lora_pairs, "
-            f"or choose among: {candidate_names(model)}."
-        )
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
-        raise ConfigError(
-            f"layer {name!r} is a {type(module).__name__}; LoRA here needs Linear or Conv2d. "
-            f"Layers that can be adapted: {candidate_names(model)}."
-        )
-    if getattr(module, "groups", 1) != 1:
-        raise ConfigError(f"layer {name!r} is a grouped convolution, which is several matrices.")
-
-
 def _layer_ranks(layers: dict[str, nn.Module], rank: int, with_anchor: bool) -> dict[str, int]:
     """Rank of every layer: the asked one, or half of the smaller side where 2r does not fit."""
     ranks: dict[str, int] = {}
     for name, module in layers.items():
-        shape = _matrix_shape(module)
+        shape = matrix_shape(module)
         smaller = min(shape)
         least = 2 if with_anchor else 1
         if rank > smaller or smaller < least:
@@ -270,27 +238,6 @@ def _layer_ranks(layers: dict[str, nn.Module], rank: int, with_anchor: bool) -> 
                 name, *shape, rank, ranks[name], smaller,
             )  # fmt: skip
     return ranks
-
-
-def _matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear or Conv2d layer."""
-    if isinstance(module, nn.Conv2d):
-        height, width = module.kernel_size
-        return module.out_channels, module.in_channels * height * width
-    if not isinstance(module, nn.Linear):
-        raise ConfigError(
-            f"{type(module).__name__} has no matrix form; Linear or Conv2d is needed."
-        )
-    return module.out_features, module.in_features
-
-
-def _inject(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """PEFT's injection; through the model's own method where diffusers or transformers keep books."""
-    add_adapter: Any = getattr(model, "add_adapter", None)
-    if hasattr(model, "_hf_peft_config_loaded") and add_adapter is not None:
-        add_adapter(config, adapter_name)
-    else:
-        inject_adapter_in_model(config, model, adapter_name)
 
 
 def _set_start(
@@ -336,22 +283,10 @@ def _peft_start(pair: LoraPair, rank: int, init: str, seed: int) -> LoraPair:
     A Linear twin of the matrix view lets PEFT treat convolutions and fp64 layers like any other.
     """
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["twin"], init_lora_weights=init)
-    with _seeded(pair.module, seed):
+    with seeded(pair.module, seed):
         twin = nn.Linear(pair.in_, pair.out, bias=False, device=pair.base_weight.device)
         twin.weight.data = pair.as_matrix(pair.base_weight.detach()).float().clone()
         holder = nn.ModuleDict({"twin": twin})
         inject_adapter_in_model(config, holder)
     (made,) = lora_pairs(holder)
     return made
-
-
-@contextlib.contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """PEFT draws from torch's global stream: give it a seeded one and put the caller's back."""
-    devices = {parameter.device for parameter in model.parameters()}
-    cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield

@@ -1,10 +1,11 @@
-"""Put given low-rank changes on a model as plain PEFT layers: on all named layers, or on none."""
+"""Put given low-rank changes on models as plain PEFT layers: on all named layers, or on none."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from dreamrie.errors import ConfigError
 from dreamrie.lora.arithmetic import LowRank
-from dreamrie.lora.attach import (
-    _check_layer,
-    _inject,
-    _matrix_shape,
-    _put_back,
-    _seeded,
-    _trainable,
+from dreamrie.lora.injecting import (
+    check_layer,
+    inject,
+    matrix_shape,
+    put_back,
+    seeded,
+    trainable_flags,
 )
 from dreamrie.lora.pairs import LoraPair, lora_pairs
 
@@ -57,7 +58,7 @@ def factor_shapes(
         ConfigError: the layer cannot carry a LoRA.
     """
     layer = model.get_submodule(name)
-    _check_layer(model, name, layer)
+    check_layer(model, name, layer)
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, rank, 1, 1), (rank, layer.in_channels, *layer.kernel_size)
     if not isinstance(layer, nn.Linear):
@@ -75,7 +76,23 @@ def largest_rank(model: nn.Module) -> int:
         The smaller side of the matrix of the layer where it is largest; 0 without Linear and Conv2d layers.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return max((min(_matrix_shape(layer)) for layer in layers), default=0)
+    return max((min(matrix_shape(layer)) for layer in layers), default=0)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Changes for one model.
+
+    Attributes:
+        model: carries no adapter.
+        changes: path of each layer to its factors, of the shapes that `factor_shapes` says; none leaves the model as
+            it is.
+        scalings: for each layer, what its product counts; positive.
+    """
+
+    model: nn.Module
+    changes: Mapping[str, LowRank]
+    scalings: Mapping[str, float]
 
 
 def place_lora(
@@ -102,6 +119,33 @@ def place_lora(
         ConfigError: PEFT adapted other layers than asked. The model is then as it was, and so it is when PEFT itself
             fails.
     """
+    return place_together([Placing(model, changes, scalings)], adapter_name)[0]
+
+
+def place_together(placings: Sequence[Placing], adapter_name: str) -> list[list[LoraPair]]:
+    """Do `place_lora` on several models: on all of them, or on none.
+
+    Args:
+        placings: the models, all different, and what they get.
+        adapter_name: name of the adapter in PEFT, in each of them.
+
+    Returns:
+        The pairs of each model.
+
+    Raises:
+        ConfigError: see `place_lora`. Every model is then as it was.
+    """
+    found = []
+    with contextlib.ExitStack() as undo:
+        for placing in placings:
+            found.append(_placed(placing, adapter_name, undo) if placing.changes else [])
+        undo.pop_all()
+    return found
+
+
+def _placed(placing: Placing, adapter_name: str, undo: contextlib.ExitStack) -> list[LoraPair]:
+    """The pairs of one model; `undo` gets what puts it back."""
+    model, changes, scalings = placing.model, placing.changes, placing.scalings
     layers = {name: model.get_submodule(name) for name in changes}
     ranks = {name: int(change.right.shape[0]) for name, change in changes.items()}
     config = LoraConfig(
@@ -110,22 +154,18 @@ def place_lora(
         alpha_pattern={f"^{re.escape(n)}": rank * scalings[n] for n, rank in ranks.items()},
         target_modules="|".join(re.escape(name) for name in changes),
     )
-    with contextlib.ExitStack() as undo:
-        undo.callback(_put_back, model, layers, adapter_name, _trainable(model))
-        with _seeded(model, 0):
-            _inject(model, config, adapter_name)
-        pairs = lora_pairs(model, adapter_name)
-        if sorted(pair.name for pair in pairs) != sorted(layers):
-            raise ConfigError(
-                f"PEFT adapted {len(pairs)} layers instead of the {len(layers)} named."
-            )
-        for pair in pairs:
-            # PEFT builds its parts in train mode even inside a model in eval mode.
-            pair.module.train(layers[pair.name].training)
-            _write(pair.left, changes[pair.name].left)
-            _write(pair.right, changes[pair.name].right)
-            _set_scaling(pair, scalings[pair.name])
-        undo.pop_all()
+    undo.callback(put_back, model, layers, adapter_name, trainable_flags(model))
+    with seeded(model, 0):
+        inject(model, config, adapter_name)
+    pairs = lora_pairs(model, adapter_name)
+    if sorted(pair.name for pair in pairs) != sorted(layers):
+        raise ConfigError(f"PEFT adapted {len(pairs)} layers instead of the {len(layers)} named.")
+    for pair in pairs:
+        # PEFT builds its parts in train mode even inside a model in eval mode.
+        pair.module.train(layers[pair.name].training)
+        _write(pair.left, changes[pair.name].left)
+        _write(pair.right, changes[pair.name].right)
+        _set_scaling(pair, scalings[pair.name])
     return pairs
 
 

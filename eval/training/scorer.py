@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from dreamrie.diffusion.adapters import adapter_off
+from dreamrie.diffusion.exported import drawn_from_file
 from dreamrie.diffusion.images import contact_sheet, save_png
 from dreamrie.diffusion.pipeline import Components, sample
 from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import NumericalError
 from dreamrie.files import write_atomic
+from dreamrie.run_folder import ADAPTER
 from dreamrie.trainer import Verdict, scored_folder
 from eval import metrics
 from eval.encoders import Encoder
@@ -43,6 +46,7 @@ class Plan:
         drift_prompts: unrelated prompts. reference: real pictures of the concept, at least two.
         image_encoder: for image similarity, copies and drift. text_encoder: for text similarity, if any.
         steps, guidance_scale, batch_size: of the sampler. max_steps: of the training.
+        from_export: draw with the file that the run has saved for the scoring, loaded by diffusers.
     """
 
     prompt_set: str
@@ -56,6 +60,7 @@ class Plan:
     guidance_scale: float
     batch_size: int
     max_steps: int
+    from_export: bool = False
 
 
 class ConceptScorer:
@@ -149,13 +154,22 @@ class ConceptScorer:
             raise NumericalError("the base model itself draws pictures that are not finite.")
         return self._plan.image_encoder.embed_images(pictures)
 
+    def _as_scored(self, step: int) -> AbstractContextManager[None]:
+        """The model to score: as it is in memory, or as a user of the file that was just saved will have it."""
+        if not self._plan.from_export:
+            return nullcontext()
+        if step == 0:  # nothing has changed, so there is no file
+            return adapter_off(self._components)
+        return drawn_from_file(self._components, scored_folder(self._folder, step) / ADAPTER)
+
     def _score(self, step: int) -> StepScores:
         """All single values of one scoring."""
         plan, encoder = self._plan, self._plan.image_encoder
         base = self._base_drift
-        pictures, others = self._draw(plan.prompts, "concept"), None
-        if step > 0:
-            others = self._draw(plan.drift_prompts, "drift")
+        with self._as_scored(step):
+            pictures, others = self._draw(plan.prompts, "concept"), None
+            if step > 0:
+                others = self._draw(plan.drift_prompts, "drift")
         if pictures is None or (step > 0 and others is None):
             return _unscored(step, len(plan.prompts), ("all, their numbers are not finite",))
         folder = scored_folder(self._folder, step)
@@ -213,6 +227,7 @@ class ConceptScorer:
             "steps": plan.steps,
             "guidance_scale": plan.guidance_scale,
             "max_steps": plan.max_steps,
+            "from_export": plan.from_export,
             "metrics": {
                 name: metrics.VERSIONS[name]
                 for name in (

@@ -72,6 +72,7 @@ def make_scorer(config: TrainConfig, components: Components, folder: Path) -> Co
         guidance_scale=float(config.validation.guidance_scale or 0.0),
         batch_size=max(config.prior.sample_batch_size, _BATCH if is_embedded else 1),
         max_steps=config.schedule.max_train_steps,
+        from_export=config.validation.preview_from_export,
     )
     return ConceptScorer(components, plan, folder)
 

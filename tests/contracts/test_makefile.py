@@ -41,7 +41,7 @@ def run_make(
 
 @pytest.mark.parametrize(
     ("target", "command"),
-    [("demo", "-m examples.demo"), ("test", "-m pytest"), ("check", "-m mypy")],
+    [("demo", "-m examples.demo"), ("app", "-m app"), ("test", "-m pytest"), ("check", "-m mypy")],
 )
 def test_a_target_makes_its_environment_first(clone: Path, target: str, command: str) -> None:
     """From nothing: create .venv, install, then run; once installed, only run."""

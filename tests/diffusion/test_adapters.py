@@ -141,7 +141,7 @@ def _none(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_text_encoder, "2 of .* not of a U-Net, the first is text_encoder"),
+        (_text_encoder, "2 of .* of a text encoder, the first is text_encoder"),
         (_no_such_layer, r"no place in the model .*attentions\.7"),
         (_wider, "does not fit .*size mismatch"),
         (_stray, "no place in the model .*lora_magnitude"),

@@ -353,7 +353,7 @@ def test_samples_of_step_zero_are_the_base_models(tmp_path: Path) -> None:
 
 def test_the_file_of_a_task_names_its_base(tmp_path: Path) -> None:
     """The header says what was trained, on what, towards what."""
-    task = make_task(kind="sd2-v")
+    task = make_task(kind="sd2-v", facts={"config_hash": "0123", "optimizer": "?"})
     with torch.no_grad():
         for pair in task.pairs:
             pair.left_matrix()[:, 0] += 0.5
@@ -365,6 +365,7 @@ def test_the_file_of_a_task_names_its_base(tmp_path: Path) -> None:
     assert header["instance_prompt"] == "a photo of a sks dog"
     assert (header["optimizer"], header["rank_trained"]) == ("riemannion", "2")
     assert header["dreamrie_version"]
+    assert header["config_hash"] == "0123"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def digest_that_is_there(tensors: dict[str, Tensor], facts: dict[str, str]) -> s
     return facts.get(DIGEST_KEY, "")
 
 
-def whole_layers_only(container: Any, model: nn.Module) -> Any:
+def whole_layers_only(container: Any, *models: Any) -> Any:
     """Layers that lack a factor are left out, as if they had never been trained."""
     stems = [name.rsplit(".lora_", 1)[0] for name in container.entries]
     whole = {
@@ -95,11 +95,15 @@ def whole_layers_only(container: Any, model: nn.Module) -> Any:
         for name, entry in container.entries.items()
         if stems.count(name.rsplit(".lora_", 1)[0]) > 1
     }
-    return _arrange(dataclasses.replace(container, entries=whole), model)
+    return _arrange(dataclasses.replace(container, entries=whole), *models)
 
 
-def all_but_one(model: nn.Module, changes: dict[str, Any], *rest: Any) -> list[LoraPair]:
-    return _place(model, dict(list(changes.items())[1:]), *rest)
+def all_but_one(placings: list[Any], adapter_name: str) -> list[list[LoraPair]]:
+    short = [
+        dataclasses.replace(placing, changes=dict(list(placing.changes.items())[1:]))
+        for placing in placings
+    ]
+    return _place(short, adapter_name)
 
 
 def from_the_callers_stream(model: nn.Module, seed: int) -> Any:
@@ -166,7 +170,7 @@ def no_layout(path: Path, entries: Any, space: int) -> None:
 
 _digest = adapter_file.content_digest
 _arrange, _scalings = adapter_reading.arrange, adapter_reading.foreign_scalings
-_place, _rounded = adapter_reading.place_lora, fingerprint._rounded
+_place, _rounded = adapter_reading.place_together, fingerprint._rounded
 
 FIT = each(reading.law_a6_what_does_not_fit_is_refused, reading.STRUCTURE)
 CHANGED = each(reading.law_a6_any_change_breaks_the_digest, reading.CHANGES)
@@ -189,19 +193,22 @@ SAME, OTHER = (
 
 def digests(wrong: Callable[..., str]) -> tuple[tuple[Any, dict[str, Any]], ...]:
     """Writer and reader agree on a wrong digest."""
-    return (adapter_file, {"content_digest": wrong}), (adapter_reading, {"content_digest": wrong})
+    return (adapter_file, {"content_digest": wrong}), (adapter_container, {"content_digest": wrong})
 
 
 READER = adapter_reading
 MUTANTS = [
-    faulty("digest skipped", CHANGED, "it is only written", (READER, {"content_digest": digest_that_is_there})),
+    faulty(
+        "digest skipped", CHANGED, "it is only written",
+        (adapter_container, {"content_digest": digest_that_is_there}),
+    ),
     faulty("digest over names only", CHANGED, "values change unseen", *digests(digest_of_names)),
     faulty("digest ignoring metadata", CHANGED, "prompt and base change unseen", *digests(digest_of_tensors)),
     faulty("digest ignoring tensors", CHANGED, "values change unseen", *digests(digest_of_facts)),
     faulty("digest over sums", CHANGED, "a bit, or two values swapped", *digests(digest_of_sums)),
     faulty("extra keys ignored", FIT, "part of the file is not loaded", (adapter_names, {"_refuse_strange": nothing})),
     faulty("partial load", FIT, "layers with one factor are dropped", (READER, {"arrange": whole_layers_only})),
-    faulty("lost layers not missed", LOST, "all that is left fits", (READER, {"_check_layers": nothing})),
+    faulty("lost layers not missed", LOST, "all that is left fits", (READER, {"check_layers": nothing})),
     faulty("NaN check skipped", FIT, "black pictures", (READER, {"_check_finite": nothing})),
     faulty("shapes left to PEFT", FIT, "no tensor is named", (READER, {"_check_shapes": nothing})),
     faulty("base fingerprint skipped", BASE, "pictures that are nobody's", (READER, {"_check_base": lambda *a: ()})),
@@ -215,9 +222,9 @@ MUTANTS = [
         (adapter_container, {"_check_layout": no_layout}), impl=containers.REAL,
     ),
     faulty("in-place overwrite at save", OLD, "a crash leaves half a file", (adapter_file, {"write_atomic": in_place})),
-    faulty("failure leaves layers adapted", UNDONE, "a half-loaded model", (place, {"_put_back": nothing})),
-    faulty("one layer not placed", WHOLE, "a weaker picture", (READER, {"place_lora": all_but_one})),
-    faulty("load draws random numbers", WHOLE, "the next run differs", (place, {"_seeded": from_the_callers_stream})),
+    faulty("failure leaves layers adapted", UNDONE, "a half-loaded model", (place, {"put_back": nothing})),
+    faulty("one layer not placed", WHOLE, "a weaker picture", (READER, {"place_together": all_but_one})),
+    faulty("load draws random numbers", WHOLE, "the next run differs", (place, {"seeded": from_the_callers_stream})),
     faulty("alpha of a foreign file ignored", FOREIGN, "wrong strength", (READER, {"foreign_scalings": scaling_one})),
     faulty("alpha not divided by the rank", FOREIGN, "r times", (READER, {"foreign_scalings": alpha_for_scaling})),
     faulty("unknown strength not said", BARE, "a guess in silence", (READER, {"foreign_scalings": no_words})),

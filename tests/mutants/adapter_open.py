@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dreamrie import adapter_flat, adapter_open
+from dreamrie import adapter_container, adapter_flat, adapter_open
 from dreamrie.lora import LowRank
 from tests import test_adapter_flat as flat_laws
 from tests import test_adapter_open as open_laws
@@ -128,10 +128,12 @@ MUTANTS = [
         _refuse_other_kinds=every_kind_is_lora,
         open_container=opened_without_others,
     ),
-    reading(
+    wrong(
         "digest not compared without a model",
-        open_laws.law_a_changed_file_is_refused,
+        in_folder(open_laws.law_a_changed_file_is_refused),
         "a changed value is not what was trained",
+        open_laws.REAL,
+        adapter_container,
         content_digest=no_digest_checked,
     ),
     flat("flat names with dots everywhere", "down_blocks is one word", dots_everywhere),

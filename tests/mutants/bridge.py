@@ -127,7 +127,7 @@ def anchor_as_point(self: LoraPair) -> Point:
 
 # ------------------------------------------------------------------------------------------------------ attaching
 
-inject, layer_ranks, resolve = attach._inject, attach._layer_ranks, attach.resolve_targets
+inject, layer_ranks, resolve = attach.inject, attach._layer_ranks, attach.resolve_targets
 
 
 def base_left_trainable(model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -155,7 +155,7 @@ def only_what_matches(model: Any, targets: Any, adapter_name: str = "default") -
 
 
 def rank_cut_silently(layers: dict[str, Any], rank: int, with_anchor: bool) -> dict[str, int]:
-    sides = {name: min(attach._matrix_shape(layer)) for name, layer in layers.items()}
+    sides = {name: min(attach.matrix_shape(layer)) for name, layer in layers.items()}
     return {name: min(rank, side // 2) for name, side in sides.items()}
 
 
@@ -314,7 +314,7 @@ MUTANTS = [
     bridge("start without scaling", GAUGE, "c times off", LoraPair, set_start=start_without_scaling),
     bridge("anchor read with its sign", GAUGE, "-X0", LoraPair, anchor=anchor_as_point),
     bridge("anchor with a plus sign", ATTACH, "W + 2 X0", LoraPair, set_start=anchor_with_plus),
-    bridge("base left trainable", ATTACH, "only adapters train", attach, _inject=base_left_trainable),
+    bridge("base left trainable", ATTACH, "only adapters train", attach, inject=base_left_trainable),
     bridge(
         "base rewritten by PEFT's PiSSA", ATTACH, "the stock base is gone",
         real, attach_lora=base_rewritten,

@@ -374,7 +374,7 @@ MUTANTS = [
         "LOI without an anchor, unchecked", caller_laws.law_l3_step_zero,
         "the law sees it without the run-time checks",
         (LoraPair, "set_start", start_without_anchor),
-        (driver, "_check_layer", lambda pair, svd, alpha: driver.LayerReport(
+        (driver, "_check_layer", lambda pair, room, svd, alpha: driver.LayerReport(
             pair.name, pair.rank, alpha, 1.0, 1.0, math.nan, 1.0)),
     ),
     loi(

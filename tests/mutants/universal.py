@@ -11,9 +11,8 @@ from torch import Tensor
 from dreamrie import (
     adapter_container,
     adapter_file,
-    adapter_names,
     adapter_peft,
-    adapter_reading,
+    adapter_scaling,
     adapter_universal,
 )
 from dreamrie.adapter_file import DIGEST_KEY
@@ -91,7 +90,7 @@ def digest_without(*prefixes: str) -> Callable[..., str]:
 
 def digests(wrong: Callable[..., str]) -> tuple[tuple[Any, dict[str, Any]], ...]:
     """Writers and reader agree on a wrong digest."""
-    owners = (adapter_file, adapter_universal, adapter_reading)
+    owners = (adapter_file, adapter_universal, adapter_container)
     return tuple((owner, {"content_digest": wrong}) for owner in owners)
 
 
@@ -162,7 +161,7 @@ MUTANTS = [
             "they nearly cancel: 1 to 7 % of the change is lost", balanced_changes=as_they_are),
     of_file("cast to fp16 before it is balanced", HALF, "what is lost stays lost", balanced_changes=cast_first),
     faulty("digest of the universal file skipped", FACT, "it is only written",
-           (adapter_reading, {"content_digest": digest_that_is_there}), impl=READ),
+           (adapter_container, {"content_digest": digest_that_is_there}), impl=READ),
     faulty("digest over dreamrie's group alone", FACT, "ss_v2 changes unseen",
            *digests(digest_without("ss_", "modelspec.")), impl=READ),
     faulty("spellings of the header mixed", FACT, "a renamed fact is taken for the same",
@@ -175,7 +174,7 @@ MUTANTS = [
     of_folder("PEFT's names without their prefix", PEFT, "PEFT loads none of them",
               (FOLDER, {"PEFT_PREFIX": ""}), raises=(UserWarning,)),
     of_folder("alpha of PEFT not divided by the rank", BACK, "r times as strong",
-              (adapter_names, {"_settings_alpha": lambda *a: 6.0})),
+              (adapter_scaling, {"strength_of": lambda stated, path: (stated.rank, 6.0)})),
     of_folder("settings outside the digest", SETTING, "lora_alpha 16 for 160",
               *digests(digest_without(adapter_peft.PEFT_SETTINGS))),
     of_folder("lost settings not missed", SETTING, "the strength is guessed",

@@ -201,3 +201,16 @@ def test_a_dry_run_finds_bad_input_too(command: Command, tmp_path: Path) -> None
 def test_verbose_shows_where(command: Command, caplog: pytest.LogCaptureFixture) -> None:
     assert command("--rank", 999, "-v") == 2
     assert any(record.exc_info for record in caplog.records)
+
+
+def test_a_push_that_cannot_work_is_refused_before_training(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without network nothing is trained that was to go to the Hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert command("--push_to_hub", "--hub_model_id", "mary/sks-dog") == 2
+    assert "HF_HUB_OFFLINE is set" in caplog.text
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,36 @@
+"""One short text by which trainings with the same settings know each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from pydantic import BaseModel
+
+# Groups that the steps depend on; pictures and scores on the way change no step.
+_GROUPS = ("model", "data", "prior", "adapter", "optimizer", "schedule")
+# Where things lie on one machine; and the side in pixels, which may wait for the model and is a fact of its own.
+_LEFT_OUT = frozenset(
+    {"instance_data_dir", "class_data_dir", "data", "orthogonal_to", "resolution"}
+)
+
+
+def settings_hash(groups: Mapping[str, BaseModel]) -> str:
+    """Hash of the settings that decide what a training learns.
+
+    Args:
+        groups: resolved settings by the name of their group; those that only look or write are left out.
+
+    Returns:
+        16 hexadecimal digits, the same on every machine.
+    """
+    values = {
+        name: value
+        for group in _GROUPS
+        if group in groups  # a language model has no class pictures
+        for name, value in groups[group]
+        if name not in _LEFT_OUT and value is not None
+    }
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,177 @@
+"""Rules and defaults of the training method, the same whatever is trained; and the groups of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from dreamrie.config.schema import (
+    Group,
+    OptimizerSettings,
+    RecordSettings,
+    ScheduleSettings,
+    StartSettings,
+)
+
+# These have a momentum of their own; AdamW and its relatives keep torch's betas.
+MOMENTUM_OPTIMIZERS = ("riemannion", "muon")
+DEFAULT_LEARNING_RATE = {
+    "riemannion": 1e-3,
+    "adamw": 1e-4,
+    "loraplus": 1e-4,
+    "scaledgd": 1e-4,
+    "muon": 1e-3,
+}
+# These do nothing without the start called loi, so giving one alone is a mistake.
+LOI_ONLY = ("loi_batches", "loi_estimator", "orthogonal_to")
+
+
+def groups_of(kind: type[BaseModel]) -> dict[str, type[Group]]:
+    """The groups of a configuration.
+
+    Args:
+        kind: its class, whose fields are all groups.
+
+    Returns:
+        Class of each group by its name, in the order of --help and config.yaml.
+    """
+    found: dict[str, Any] = {name: field.annotation for name, field in kind.model_fields.items()}
+    return found
+
+
+def usual_init(optimizer: str) -> str:
+    """Start that goes with an optimizer; PEFT's default one and a factor-wise optimizer are the usual LoRA."""
+    return "loi" if optimizer == "riemannion" else "default"
+
+
+def check_method(adapter: StartSettings, optimizer: OptimizerSettings) -> None:
+    """Refuse what is fine alone but not together; the first word of a message is the setting.
+
+    Args:
+        adapter: its start.
+        optimizer: which one, and how.
+
+    Raises:
+        ValueError: a start that the optimizer cannot leave, or a setting that belongs to another choice.
+    """
+    name, init = optimizer.optimizer, adapter.init or usual_init(optimizer.optimizer)
+    if name == "riemannion" and not adapter.is_anchored:
+        raise ValueError(
+            f"init {adapter.init!r} starts from a change of rank 0, which is not a point of "
+            "the manifold that riemannion moves on; use --init loi (or orthonormal, pissa), "
+            "or --optimizer adamw"
+        )
+    if adapter.start_scale == 0:
+        raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
+    if adapter.start_scale is not None and init != "loi":
+        raise ValueError(
+            f"start_scale is a setting of init loi, not of init {init}; leave it out, "
+            "or add --init loi"
+        )
+    if optimizer.momentum is not None and name not in MOMENTUM_OPTIMIZERS:
+        raise ValueError(
+            f"momentum is not a setting of {name}; leave it out, "
+            f"or use --optimizer {MOMENTUM_OPTIMIZERS[0]}"
+        )
+
+
+def check_warmup(schedule: ScheduleSettings) -> None:
+    """Refuse a warm-up that is longer than the run.
+
+    Args:
+        schedule: length and warm-up.
+
+    Raises:
+        ValueError: it is longer.
+    """
+    warmup, steps = schedule.lr_warmup_steps, schedule.max_train_steps
+    if warmup is not None and warmup > steps:
+        raise ValueError(
+            f"lr_warmup_steps is {warmup}, more than the whole run (max_train_steps {steps})"
+        )
+
+
+def idle_method(
+    adapter: StartSettings, optimizer: OptimizerSettings, output: RecordSettings
+) -> dict[str, str]:
+    """Settings of the method that do nothing because of another one.
+
+    Args:
+        adapter: its start.
+        optimizer: which one.
+        output: what is recorded.
+
+    Returns:
+        Name to the flag that would change that.
+    """
+    found: dict[str, str] = {}
+    if (adapter.init or usual_init(optimizer.optimizer)) != "loi":
+        known = type(adapter).model_fields
+        found |= {name: "--init loi" for name in LOI_ONLY if name in known}
+    if output.report_to != "tensorboard":
+        found["logging_dir"] = "--report_to tensorboard"
+    if not output.checkpointing_steps:
+        found["checkpoints_total_limit"] = "--checkpointing_steps"
+    return found
+
+
+def follow_method(
+    adapter: StartSettings, optimizer: OptimizerSettings
+) -> dict[str, dict[str, object]]:
+    """Values of the method that follow from others.
+
+    Args:
+        adapter: its start.
+        optimizer: which one.
+
+    Returns:
+        Name of the group to name of the setting to value, for those that were not given.
+    """
+    name, rank = optimizer.optimizer, adapter.rank
+    init = adapter.init or usual_init(name)
+    rate = optimizer.learning_rate or DEFAULT_LEARNING_RATE[name]
+    # A start below 10 steps would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
+    start = max(0.1 / rank**0.5, 10 * rate if name == "riemannion" else 0.0)
+    return {
+        "optimizer": {
+            "learning_rate": rate,
+            "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
+            "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
+        },
+        "adapter": {"init": init, "start_scale": start if init == "loi" else None},
+    }
+
+
+def filled(config: Group, follow: dict[str, dict[str, object]]) -> dict[str, Group]:
+    """Groups of a configuration with what was left out filled in.
+
+    Args:
+        config: as given.
+        follow: name of the group to name of the setting to value.
+
+    Returns:
+        The changed groups by name.
+    """
+    changed: dict[str, Group] = {}
+    for group, values in follow.items():
+        settings: Group = getattr(config, group)
+        missing = {key: v for key, v in values.items() if getattr(settings, key) is None}
+        changed[group] = settings.model_copy(update=missing)
+    return changed
+
+
+def start_facts(adapter: StartSettings) -> str:
+    """The kind of start, for the header of an adapter.
+
+    Args:
+        adapter: resolved.
+
+    Returns:
+        Its name, with what it was estimated from and its size.
+    """
+    start = str(adapter.init)
+    if adapter.init == "loi":
+        start += f", {adapter.loi_estimator} of {adapter.loi_batches} batches"
+        start += f", singular values {adapter.start_scale:g}" if adapter.start_scale else ""
+    return start
