@@ -142,9 +142,7 @@ def training_cards(rows: Sequence[Mapping[str, Any]], chosen: str) -> str:
         chosen: name of the one that is looked at.
     """
     if not rows:
-        return empty(
-            "No training yet.", "Drop photos, say what they show, press Train."
-        )
+        return empty("No training yet.", "Drop photos, say what they show, press Train.")
     cards = []
     for row in rows:
         mark = " dr-chosen" if row["name"] == chosen else ""

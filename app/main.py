@@ -35,7 +35,12 @@ def build_page(studio: Studio) -> gr.Blocks:
         title="dreamrie", analytics_enabled=False, delete_cache=(_HOUR_S, 24 * _HOUR_S)
     ) as page:
         # The secret outlives a restart of the server, or every browser would lose its trainings.
-        key = gr.BrowserState(None, storage_key="dreamrie", secret=studio.storage.browser_secret())
+        secret = studio.storage.browser_secret()
+        key = gr.BrowserState(None, storage_key="dreamrie", secret=secret)
+        # Not inside its tab: what a tab holds is not there before the tab is opened, and this is read at the start.
+        kept = gr.BrowserState(
+            {"photos": "", "training": ""}, storage_key="dreamrie-train", secret=secret
+        )
         note = (
             "toy model that comes with dreamrie: 64 x 64 emoji" if facts.embedded else "base model"
         )
@@ -47,7 +52,7 @@ def build_page(studio: Studio) -> gr.Blocks:
             with gr.Tab("Generate", id="generate"):
                 generate = GenerateTab(studio, key)
             with gr.Tab("Train", id="train") as train_tab:
-                train = TrainTab(studio, key)
+                train = TrainTab(studio, key, kept)
             with gr.Tab("Score", id="score") as score_tab:
                 score = ScoreTab(studio, key)
         generate.wire()
@@ -56,7 +61,9 @@ def build_page(studio: Studio) -> gr.Blocks:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         page.load(lambda known: known or new_key(), key, key, **private).then(
             generate.refreshed, [key, generate.chosen], generate.gallery, **private
-        ).then(train.refreshed, train.state_inputs, train.state_outputs, **private)
+        ).then(train.looked, train.photo_inputs, train.photo_output, **private).then(
+            train.refreshed, train.state_inputs, train.state_outputs, **private
+        )
         train_tab.select(train.refreshed, train.state_inputs, train.state_outputs, **private)
         score_tab.select(score.refreshed, score.state_inputs, score.state_outputs, **private)
     return page.queue(max_size=256, default_concurrency_limit=16, api_open=False)

@@ -89,7 +89,7 @@ def plan(
     seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
     seeds = [(seed + number) % SEEDS for number in range(asked.count)]
     uses = [
-        _Use(entry, choice.scale, choice.rank)
+        _Use(entry, choice.scale, None if choice.rank == entry.rank else choice.rank)
         for entry, choice in zip(entries, asked.adapters, strict=True)
     ]
     if look in {"at rising strength", "at falling rank"} and len(uses) != 1:

@@ -98,6 +98,14 @@ class Storage:
             raise StorageError("who you are could not be told. Reload the page, or log in again.")
         return Owner(hashlib.sha256(key.encode()).hexdigest()[:32])
 
+    def owners(self) -> list[Owner]:
+        """Everybody with folders here; for the server itself, which starts anew, and for no page.
+
+        Returns:
+            By id.
+        """
+        return [Owner(id) for id in sorted(os.listdir(self._users)) if _OWNER.fullmatch(id)]
+
     def browser_secret(self) -> str:
         """What browsers encrypt their key with; the same after a restart, or every browser would lose its work.
 

@@ -21,6 +21,8 @@ def theme() -> gr.themes.Base:
         font_mono=mono,
     ).set(
         body_background_fill="#f6f7f9",
+        body_text_color_subdued="#59636d",
+        body_text_color_subdued_dark="#9aa5af",
         body_background_fill_dark="#13171c",
         block_background_fill="#ffffff",
         block_background_fill_dark="#1b2025",

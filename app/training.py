@@ -262,9 +262,7 @@ class Trainings:
 
     def _adopt(self) -> None:
         """Give the device to a training that an earlier server has left running."""
-        users = self._storage.root / "users"
-        for home in sorted(users.iterdir()) if users.is_dir() else []:
-            owner = Owner(id=home.name)
+        for owner in self._storage.owners():
             try:
                 for name in self._storage.names(owner, "runs"):
                     if is_alive(self._storage.folder(owner, "runs", name)):
@@ -286,8 +284,10 @@ class Trainings:
             return "stopping" if job.is_stopping else "running"
         if is_alive(folder):
             return "running"
-        # It may have ended since it was looked up.
-        return "waiting" if job is not None and job.status == "waiting" else None
+        # It may have begun, or ended, since it was looked up.
+        if job is None or job.has_ended:
+            return None
+        return "waiting" if job.status == "waiting" else "running"
 
     # ------------------------------------------------------------------------------------------ in words
 

@@ -49,6 +49,21 @@ def owner_of(storage: Storage, key: object, request: gr.Request | None) -> Owner
     return storage.owner(key)
 
 
+def told(event: gr.EventData, name: str) -> str:
+    """What a click says, whatever a browser has sent.
+
+    Args:
+        event: of a part of the page.
+        name: such as "id".
+
+    Returns:
+        "" unless it is text.
+    """
+    data = getattr(event, "_data", None)
+    found = data.get(name) if isinstance(data, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 @contextmanager
 def _toasts() -> Iterator[None]:
     """Every error becomes a message in plain words; what is not expected goes to the server's log."""

@@ -3,7 +3,8 @@
 unet.LAYER.lora_A.weight, .lora_B.weight                  diffusers and dreamrie
 base_model.model.LAYER.lora_A.weight, .lora_B.weight      PEFT
 unet.LAYER.lora.down.weight, .lora.up.weight              older diffusers
-unet.PLACE.processor.to_q_lora.down.weight, .up.weight    oldest diffusers
+unet.LAYER.lora_linear_layer.down.weight, .up.weight      still older diffusers
+unet.PLACE.processor.to_q_lora.down.weight, .up.weight    oldest diffusers; text encoder: PLACE.to_q_lora. ...
 lora_unet_LAYER_WITH_UNDERSCORES.lora_down.weight, .lora_up.weight, .alpha      kohya, and dreamrie's universal file
 
 CLIP's text encoder has `text_encoder.` for `unet.` and `lora_te_` for `lora_unet_`. Its layers lie in
@@ -29,12 +30,15 @@ _ENDINGS = {
     ".lora_A.weight": "down",
     ".lora_down.weight": "down",
     ".lora.down.weight": "down",
+    ".lora_linear_layer.down.weight": "down",
     ".lora_B.weight": "up",
     ".lora_up.weight": "up",
     ".lora.up.weight": "up",
+    ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
 }
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
+_CLIP_PROCESSOR = re.compile(r"\.self_attn\.to_([qkv]|out)_lora\.(down|up)\.weight$")
 _TEXT_MODEL = "text_model."
 _CLIP = re.compile(
     r"(?:text_model\.)?encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
@@ -54,6 +58,9 @@ def parted(name: str) -> tuple[str, str] | None:
     old = _PROCESSOR.search(name)
     if old:
         return f"{name[: old.start()]}.{'to_out.0' if old[1] == 'to_out' else old[1]}", old[2]
+    old = _CLIP_PROCESSOR.search(name)
+    if old:
+        return f"{name[: old.start()]}.self_attn.{old[1]}_proj", old[2]
     ending = next((end for end in _ENDINGS if name.endswith(end)), None)
     if ending is None or name == ending:
         return None
@@ -114,7 +121,9 @@ def place_in_text_encoder(stem: str, layers: Collection[str]) -> str | None:
         One of `layers`, or None.
     """
     if stem.startswith(TEXT_PREFIX):
-        return next((name for name in layers if kohya_name(TEXT_ENCODER + name) == stem), None)
+        inside = stem.removeprefix(TEXT_PREFIX).removeprefix("text_model_")
+        wanted = f"{TEXT_PREFIX}text_model_{inside}"
+        return next((name for name in layers if kohya_name(TEXT_ENCODER + name) == wanted), None)
     for path in unprefixed(stem.removeprefix(TEXT_ENCODER)):
         inside = path.removeprefix(_TEXT_MODEL)
         is_text = stem.startswith(TEXT_ENCODER) or _CLIP.fullmatch(path)

@@ -25,6 +25,7 @@ MARKS = ("run.json", ADAPTER)
 RUN_FILES = (
     *("samples", "scored", "best", "logs"),
     *("scores.jsonl", "scores.png", "metrics.jsonl", "spectrum.jsonl"),
+    *("adapter_model.safetensors", "adapter_config.json"),
     CARD,
     "config.yaml",
     *MARKS,

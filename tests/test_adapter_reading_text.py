@@ -94,6 +94,13 @@ def dotted(found: dict[str, LowRank], level: str) -> dict[str, Tensor]:
     return tensors
 
 
+def renamed(tensors: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Tensor]:
+    """The same under other names."""
+    for old, new in pairs:
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def write(how: str, folder: Path) -> Path:
     """A file with the changes."""
     path = folder / f"{how}.safetensors"
@@ -106,13 +113,28 @@ def write(how: str, folder: Path) -> Path:
             "kohya": lambda: kohya(changes()),
             "text_model": lambda: dotted(changes(), "text_model."),
             "flattened": lambda: dotted(changes(), ""),
+            "flattened kohya": lambda: renamed(
+                kohya(changes()), ("lora_te_text_model_", "lora_te_")
+            ),
+            "linear layer": lambda: renamed(dotted(changes(), "text_model."), *LINEAR_LAYER),
+            "oldest": lambda: renamed(dotted(changes(), "text_model."), *LINEAR_LAYER, *OLDEST),
         }[how](),
         path,
     )
     return path
 
 
-SPELLINGS = ("kohya", "text_model", "flattened", "universal", "dreamrie")
+SPELLINGS = (
+    *("kohya", "text_model", "flattened", "universal", "dreamrie"),
+    *("flattened kohya", "linear layer", "oldest"),
+)
+LINEAR_LAYER = (
+    (".lora_A.weight", ".lora_linear_layer.down.weight"),
+    (".lora_B.weight", ".lora_linear_layer.up.weight"),
+)
+OLDEST = tuple(
+    (f".{part}_proj.lora_linear_layer.", f".to_{part}_lora.") for part in ("q", "k", "v", "out")
+)
 
 
 def trained() -> tuple[Any, Any]:

@@ -153,7 +153,7 @@ def test_what_cannot_be_asked_is_refused_before_any_work(
     for words, said in (
         (["--prompt", "x", "--num_images", "0"], "--num_images must be at least 1"),
         ([*usual, "--rank", "2"], "--rank does nothing without --adapter"),
-        ([*usual, "--adapter", f"{adapter(1)}:0"], "a number other than 0"),
+        ([*usual, "--adapter", f"{adapter(1)}:nan"], "no finite number"),
         ([*usual, "--adapter", f"{adapter(1)}:5"], "from -4 to 4; got 5"),
         ([*usual, "--adapter", str(adapter(1)), "--rank", "0"], "must be a whole number from 1"),
         ([*usual, "--adapter", str(tmp_path / "gone")], "there is no adapter"),

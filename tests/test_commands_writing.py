@@ -212,9 +212,28 @@ def test_weights_stand_behind_the_last_colon() -> None:
     assert merge.split_weight("a:b:-2e-1") == (Path("a:b"), -0.2)
     assert merge.split_weight("C:/a.safetensors") == (Path("C:/a.safetensors"), 1.0)
     assert merge.split_weight("plain") == (Path("plain"), 1.0)
-    for text in ("a:0", "a:nan", "a:inf"):
-        with pytest.raises(ConfigError, match="weight"):
+    assert merge.split_weight("a:0") == (Path("a"), 0.0)
+    for text in ("a:nan", "a:inf"):
+        with pytest.raises(ConfigError, match="no finite number"):
             merge.split_weight(text)
+
+
+def test_a_path_that_ends_like_a_weight_is_itself(tmp_path: Path) -> None:
+    """Else `dir:0.5` would be read as half of another adapter, `dir`, without a word."""
+    (tmp_path / "dir:0.5").mkdir()
+    text = str(tmp_path / "dir:0.5")
+    assert merge.split_weight(text) == (tmp_path / "dir:0.5", 1.0)
+    assert merge.split_weight(f"{text}:2") == (tmp_path / "dir:0.5", 2.0)
+    (tmp_path / "dir").mkdir()
+    with pytest.raises(ConfigError, match="Say which is meant"):
+        merge.split_weight(text)
+
+
+def test_a_weight_of_zero_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = small(tmp_path / "x", {"base_model": "x"}, 4)
+    words = ["merge", f"{path}:0", str(path), "--output", str(tmp_path / "m")]
+    assert command.main(words) == 2
+    assert "leave it out" in caplog.text
 
 
 def test_alpha_of_other_programs_counts(tmp_path: Path) -> None:

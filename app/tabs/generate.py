@@ -12,13 +12,16 @@ from app.jobs import Job
 from app.orders import LOOKS, SEEDS, Outcome
 from app.storage import Owner
 from app.studio import Studio
-from app.visitor import owner_of, plainly
+from app.visitor import owner_of, plainly, told
 from eval.report.live import energy_chart
 
 # How many concepts one picture may hold; each has its own sliders.
 PLACES = 3
 _POLL_S = 0.3
 _BASE_LOOK = "base model only"
+_SHOW_PICTURES = """
+() => { if (innerWidth < 768) document.querySelector('#drawn').scrollIntoView({behavior: 'smooth'}); }
+"""
 
 
 class GenerateTab:
@@ -158,6 +161,8 @@ class GenerateTab:
         for rank in ranks:
             rank.input(self._energies, {self._key, self.chosen, *ranks}, self._energy, **private)
             running.append(rank.release(self._run_again, values, results, **waiting))
+        # On a phone the pictures are far below the button.
+        self._draw.click(None, js=_SHOW_PICTURES)
         self._cancel.click(None, cancels=running, queue=False).then(
             self._cancelled, None, self._status, **private
         )
@@ -185,7 +190,7 @@ class GenerateTab:
         request: gr.Request,
     ) -> list[Any]:
         """A click on a concept chooses it, or leaves it out again."""
-        wanted = str(event._data["id"])
+        wanted = told(event, "id")
         ids = [i for i in chosen if i != wanted] if wanted in chosen else [*chosen, wanted]
         return self.pick(owner_of(self._studio.storage, key, request), ids, prompt, filled)
 
@@ -201,7 +206,7 @@ class GenerateTab:
         Returns:
             Values of the parts that `wire` names.
         """
-        ids = list(ids)[-PLACES:]
+        ids, prompt = list(ids)[-PLACES:], prompt or ""
         gallery = self._studio.gallery
         entries = [gallery.entry(owner, wanted) for wanted in ids]
         if not prompt.strip() or prompt == filled:

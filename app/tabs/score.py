@@ -10,7 +10,7 @@ from app import cards
 from app.comparing import Scoring, points, scored_entries, scorings
 from app.studio import Studio
 from app.tabs.generate import GenerateTab
-from app.visitor import owner_of, plainly
+from app.visitor import owner_of, plainly, told
 from eval.report.plane import plane_chart
 
 # How many concepts are shown before anything is chosen.
@@ -122,7 +122,7 @@ class ScoreTab:
     ) -> list[Any]:
         """A click on a point shows its pictures and numbers."""
         found = self._scorings(key, chosen, request)
-        place = str(event._data["id"])
+        place = told(event, "id")
         if not (place.isdecimal() and int(place) < len(found)):
             raise gr.Error("That point is not there any more; open the tab again.")
         scoring = found[int(place)]

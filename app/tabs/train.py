@@ -13,10 +13,21 @@ from app.studio import Studio
 from app.tabs.generate import GenerateTab
 from app.tabs.watching import charts, row_of, sheets, status_of
 from app.training import TrainingState
-from app.visitor import owner_of, plainly
+from app.visitor import owner_of, plainly, told
 
 _REFRESH_S = 2.0
 _KINDS = {"an object": False, "a living thing": True}
+_LONGEST_NAME = 40
+
+
+def _known(kept: object) -> dict[str, str]:
+    """What a browser keeps is whatever it says: two names count, and only as text."""
+    said = kept if isinstance(kept, dict) else {}
+    texts = {name: said.get(name) for name in ("photos", "training")}
+    return {
+        name: text if isinstance(text, str) and len(text) <= _LONGEST_NAME else ""
+        for name, text in texts.items()
+    }
 
 
 class TrainTab:
@@ -25,16 +36,11 @@ class TrainTab:
     Args:
         studio: the running app.
         key: what the browser keeps.
+        kept: names of the photos and of the training that were looked at last; the browser keeps them, too.
     """
 
-    def __init__(self, studio: Studio, key: gr.BrowserState) -> None:
-        self._studio, self._key = studio, key
-        # Kept by the browser, so that a page that is loaded again shows the same photos and training.
-        self._kept = gr.BrowserState(
-            {"photos": "", "training": ""},
-            storage_key="dreamrie-train",
-            secret=studio.storage.browser_secret(),
-        )
+    def __init__(self, studio: Studio, key: gr.BrowserState, kept: gr.BrowserState) -> None:
+        self._studio, self._key, self._kept = studio, key, kept
         self._shown = gr.State("")
         self._timer = gr.Timer(_REFRESH_S, active=False)
         with gr.Row(equal_height=False):
@@ -42,6 +48,8 @@ class TrainTab:
                 self._lay_out_request()
             with gr.Column(scale=6, min_width=330):
                 self._lay_out_trainings()
+        self.photo_inputs = [self._key, self._kept]
+        self.photo_output = self._doctor
         self.state_inputs = [self._key, self._kept, self._shown]
         self.state_outputs = [
             *(self._shown, self._list, self._status, self._charts, self._sheets),
@@ -162,7 +170,8 @@ class TrainTab:
             key: str | None, kept: dict[str, str], prompt: str, filled: str, request: gr.Request
         ) -> list[Any]:
             owner = owner_of(self._studio.storage, key, request)
-            ids = [f"run:{kept['training']}"]
+            _, name = self._named(key, kept, request)
+            ids = [f"run:{name}"]
             return [gr.Tabs(selected="generate"), *generate.pick(owner, ids, prompt, filled)]
 
         self._open.click(
@@ -184,7 +193,9 @@ class TrainTab:
         """List and details as they are now; nothing at all if nothing has changed."""
         owner = owner_of(self._studio.storage, key, request)
         states = self._studio.trainings.states(owner)
-        chosen = kept["training"] or (states[0].name if states else "")
+        chosen = _known(kept)["training"]
+        if chosen not in {state.name for state in states}:
+            chosen = states[0].name if states else ""
         now = repr((chosen, [row_of(state) for state in states]))
         if now == shown:
             return [gr.skip()] * len(self.state_outputs)
@@ -214,7 +225,7 @@ class TrainTab:
         """What the doctor says of the photos of this page."""
         try:
             found = photos.look(
-                self._studio.storage, owner, kept["photos"], self._studio.facts.resolution
+                self._studio.storage, owner, _known(kept)["photos"], self._studio.facts.resolution
             )
         except StorageError:  # the set was removed meanwhile
             return cards.photo_cards([])
@@ -223,6 +234,7 @@ class TrainTab:
         head = cards.line(words, "good" if found.usable else "bad") if found.photos else ""
         return f'{head}<ul class="dr-advice">{listed}</ul>{cards.photo_cards(found.photos)}'
 
+    @plainly
     def looked(self, key: str | None, kept: dict[str, str], request: gr.Request) -> str:
         """The photos after the page was loaded again."""
         return self._looked(owner_of(self._studio.storage, key, request), kept)
@@ -239,6 +251,7 @@ class TrainTab:
     ) -> list[Any]:
         """Take photos in and look through them."""
         owner = owner_of(self._studio.storage, key, request)
+        kept = _known(kept)
         name = photos.add(self._studio.storage, owner, kept["photos"], files or [])
         kept = {**kept, "photos": name}
         return [kept, self._looked(owner, kept), None, subject, title]
@@ -250,7 +263,7 @@ class TrainTab:
         """Try with pictures that come along."""
         owner = owner_of(self._studio.storage, key, request)
         name = photos.add_example(self._studio.storage, owner, concept)
-        kept, words = {**kept, "photos": name}, concept.replace("_", " ")
+        kept, words = {**_known(kept), "photos": name}, concept.replace("_", " ")
         return [kept, self._looked(owner, kept), None, words, f"my {words}"]
 
     @plainly
@@ -259,8 +272,9 @@ class TrainTab:
     ) -> str:
         """Take one photo out."""
         owner = owner_of(self._studio.storage, key, request)
-        if event._data.get("action") == "remove":
-            photos.remove(self._studio.storage, owner, kept["photos"], str(event._data["id"]))
+        name, photo = _known(kept)["photos"], told(event, "id")
+        if told(event, "action") == "remove" and name and photo:
+            photos.remove(self._studio.storage, owner, name, photo)
         return self._looked(owner, kept)
 
     # ---------------------------------------------------------------------------------------------- trainings
@@ -269,7 +283,12 @@ class TrainTab:
     def _start(self, values: dict[Any, Any], request: gr.Request) -> list[Any]:
         """Start a training with the photos of this page."""
         owner = owner_of(self._studio.storage, values[self._key], request)
-        kept = values[self._kept]
+        kept = _known(values[self._kept])
+        store, side = self._studio.storage, self._studio.facts.resolution
+        if kept["photos"] and not photos.look(store, owner, kept["photos"], side).usable:
+            raise StorageError(
+                "None of the photos can be used; drop 3 to 20 pictures of one thing."
+            )
         wanted = asked(
             Train,
             {
@@ -292,7 +311,7 @@ class TrainTab:
     @plainly
     def _picked(self, key: str | None, kept: dict[str, str], event: gr.EventData) -> dict[str, str]:
         """Look at another training."""
-        return {**kept, "training": str(event._data["id"])}
+        return {**_known(kept), "training": told(event, "id")}
 
     @plainly
     def _stopped(
@@ -300,7 +319,7 @@ class TrainTab:
     ) -> dict[str, str]:
         """Stop; what was learned is kept."""
         self._studio.trainings.stop(*self._named(key, kept, request))
-        return kept
+        return _known(kept)
 
     @plainly
     def _resumed(
@@ -308,7 +327,7 @@ class TrainTab:
     ) -> dict[str, str]:
         """Go on from the last checkpoint."""
         self._studio.trainings.resume(*self._named(key, kept, request))
-        return kept
+        return _known(kept)
 
     @plainly
     def _removed(
@@ -316,7 +335,7 @@ class TrainTab:
     ) -> dict[str, str]:
         """Remove a training and all it has learned."""
         self._studio.trainings.remove(*self._named(key, kept, request))
-        return {**kept, "training": ""}
+        return {**_known(kept), "training": ""}
 
     def _named(
         self, key: str | None, kept: dict[str, str], request: gr.Request
@@ -324,4 +343,5 @@ class TrainTab:
         """Owner and name of the training that is looked at."""
         owner = owner_of(self._studio.storage, key, request)
         states = self._studio.trainings.states(owner)
-        return owner, kept["training"] or (states[0].name if states else "")
+        chosen = _known(kept)["training"]
+        return owner, chosen or (states[0].name if states else "")

@@ -127,7 +127,8 @@ def run(options: argparse.Namespace) -> int:
     ]
     save_drawings(options.output, pictures, records, columns=options.num_images)
     names = " + ".join(f"{use.scale:g} x {short_name(use.path)}" for use in adapters)
-    text = f"{len(pictures)} pictures of {names or 'no adapter'} on {components.source.resolved}"
+    count = f"{len(pictures)} picture{'s' * (len(pictures) != 1)}"
+    text = f"{count} of {names or 'no adapter'} on {components.source.resolved}"
     sys.stdout.write("\n".join([*wrapped(text), f"wrote {options.output}", ""]))
     return 0
 

@@ -94,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
     files.check_output(options)
     adapters = [files.opened(path) for path, _ in given]
     weights = [weight for _, weight in given]
+    if 0.0 in weights:
+        raise ConfigError("a weight of 0 leaves its adapter out; leave it out of the command.")
     check_bases(adapters, options.other_base)
     merged = merge([adapter.changes for adapter in adapters], weights, options.rank)
     facts = merged_facts(adapters, weights, options.rank, 1.0 - merged.discarded)
@@ -123,13 +125,14 @@ def split_weight(text: str) -> tuple[Path, float]:
     """Read FILE:WEIGHT.
 
     Args:
-        text: of the command line. A path may hold colons; the weight stands behind the last.
+        text: of the command line. A path may hold colons; the weight stands behind the last, unless the whole text
+            is a path that exists.
 
     Returns:
         Path and weight; weight 1 where none is given.
 
     Raises:
-        ConfigError: the weight is zero or not finite.
+        ConfigError: the weight is not finite, or both readings are paths that exist.
     """
     name, colon, last = text.rpartition(":")
     try:
@@ -138,10 +141,14 @@ def split_weight(text: str) -> tuple[Path, float]:
         weight = None
     if weight is None or not name:
         return Path(text), 1.0
-    if not math.isfinite(weight) or weight == 0.0:
-        raise ConfigError(
-            f"{text}: the weight must be a number other than 0, such as {name}:0.8; got {last}."
-        )
+    if Path(text).exists():
+        if Path(name).exists():
+            raise ConfigError(
+                f"{text} is there, and so is {name}. Say which is meant: {text}:1, or {name} under another name."
+            )
+        return Path(text), 1.0
+    if not math.isfinite(weight):
+        raise ConfigError(f"{text}: {last} is no finite number; write such as {name}:0.8.")
     return Path(name), weight
 
 

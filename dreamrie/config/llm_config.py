@@ -161,7 +161,7 @@ class LlmConfig(Group):
 
     def resolved(self) -> LlmConfig:
         """Fill in every value that follows from others; the template waits for the model."""
-        follow = {
+        follow: dict[str, dict[str, object]] = {
             **follow_method(self.adapter, self.optimizer),
             "schedule": {"lr_warmup_steps": self.default_warmup(self.schedule.max_train_steps)},
         }

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from dreamrie.lora import LowRank
 from dreamrie.lora.comparing import truncate
 from dreamrie.lora.place import adapted_layer
 from dreamrie.lora.stacking import rest_lora, stack_lora, unstack_lora
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "AdapterUse",
@@ -184,6 +187,11 @@ class Drawer:
         contents = read_adapter(self._bare, use.path)
         _check_prediction(contents, self._components)
         changes = changes_of(contents, use.rank)
+        highest = max(int(change.right.shape[0]) for change in contents.changes.values())
+        if use.rank is not None and use.rank > highest:
+            _log.warning(
+                "%s has rank %d, so rank %d leaves nothing out", use.path, highest, use.rank
+            )
         while len(self._loaded) >= self._keep:
             oldest = next(known for known in self._loaded if known not in needed)
             unstack_lora(self._components.unet, oldest)

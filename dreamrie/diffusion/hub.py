@@ -29,7 +29,6 @@ _NAME = re.compile(r"(?:[a-z0-9][\w.-]*/)?[a-z0-9](?:[\w.-]*[a-z0-9])?", re.I | 
 _LONGEST_NAME = 96
 # The uploader for large files is an extension module with errors of its own.
 _ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, RuntimeError)
-_PUSH_ERRORS: tuple[type[Exception], ...] = (*_ERRORS, ConfigError)
 
 
 def check_hub(output: OutputSettings, api: HfApi | None = None) -> None:
@@ -118,28 +117,34 @@ def push(folder: Path, hub_model_id: str, api: HfApi | None = None) -> str:
         Address of the repository.
 
     Raises:
-        ConfigError: the name is not one, the folder holds no finished run, the Hub is switched off, or there is no
-            valid token.
-        CheckpointError: the upload failed. Nothing in the folder has changed.
+        ConfigError: the name is not one, or the folder holds no finished run.
+        CheckpointError: the Hub is switched off, there is no valid token, or the upload failed. Nothing is lost.
     """
     name, hub = _checked_name(hub_model_id), api or HfApi()
+    try:
+        _check_access(name, hub)
+    except ConfigError as error:
+        raise CheckpointError(_not_pushed(error, folder, name)) from None
     write_card(folder)
     files = hub_files(folder)
     _tell_of_folders(folder)
-    remedy = f"python -m dreamrie push {shlex.quote(str(folder))} --hub_model_id {name}"
     try:
-        _check_access(name, hub)
         _log.info("pushing to %s: %s", name, ", ".join(files))
         repository = hub.create_repo(name, private=True, exist_ok=True, repo_type="model")
         operations = [CommitOperationAdd(place, str(path)) for place, path in files.items()]
         hub.create_commit(repository.repo_id, operations, commit_message="LoRA of dreamrie")
-    except _PUSH_ERRORS as error:
-        raise CheckpointError(
-            f"the run was not pushed to the Hub: {_without_token(error)}\n"
-            f"  where: {name}\n"
-            f"  what to do: nothing is lost, all of it is in {folder}; push it later with {remedy}"
-        ) from None
+    except _ERRORS as error:
+        raise CheckpointError(_not_pushed(error, folder, name)) from None
     return str(repository)
+
+
+def _not_pushed(error: Exception, folder: Path, name: str) -> str:
+    remedy = f"python -m dreamrie push {shlex.quote(str(folder))} --hub_model_id {name}"
+    return (
+        f"the run was not pushed to the Hub: {_without_token(error)}\n"
+        f"  where: {name}\n"
+        f"  what to do: nothing is lost, all of it is in {folder}; push it later with {remedy}"
+    )
 
 
 def _checked_name(name: str) -> str:
@@ -155,10 +160,7 @@ def _checked_name(name: str) -> str:
 def _check_access(repository: str, api: HfApi) -> None:
     """Refuse without network or token; the Hub is asked who the token belongs to."""
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(
-            f"{repository} cannot be pushed: HF_HUB_OFFLINE is set. Unset it, or leave --push_to_hub out and push "
-            "later with python -m dreamrie push."
-        )
+        raise ConfigError(f"{repository} cannot be pushed: HF_HUB_OFFLINE is set. Unset it.")
     if not get_token():
         raise ConfigError(
             f"{repository} cannot be pushed: there is no token of the Hub. Log in with hf auth login, or set HF_TOKEN."
@@ -168,8 +170,7 @@ def _check_access(repository: str, api: HfApi) -> None:
     except _ERRORS as error:
         raise ConfigError(
             f"{repository} cannot be pushed: the Hub did not accept the token, or is out of reach "
-            f"({_without_token(error)}). Log in again with hf auth login, or leave --push_to_hub out and push later "
-            "with python -m dreamrie push."
+            f"({_without_token(error)}). Log in again with hf auth login."
         ) from None
 
 

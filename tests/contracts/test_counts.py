@@ -36,6 +36,8 @@ MINIMUM = {
     "adapter_universal": 15,
     "trainer": 12,
     "diffusion": 20,
+    "llm": 60,
+    "streams": 3,
     "eval": 25,
     "app": 80,
 }

@@ -18,7 +18,7 @@ from tests.contracts.sources import (
 
 ROWS = (
     {"errors", "files"},
-    {"fixed_rank", "config", "checkpoint", "records", "run_folder"},
+    {"fixed_rank", "config", "checkpoint", "records", "run_folder", "streams"},
     {"riemannion_layers", "runlog"},
     {"riemannion_checks"},
     {"riemannion", "loi"},
@@ -50,7 +50,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers": ("dreamrie/diffusion/", "dreamrie/llm/"),
     "safetensors": (
         *("dreamrie/adapter_file", "dreamrie/checkpoint", "dreamrie/diffusion/merging"),
-        "eval/encoders",
+        *("dreamrie/llm/models", "eval/encoders"),
     ),
     "pydantic": ("dreamrie/config", "app/asked"),
     "yaml": ("dreamrie/config",),

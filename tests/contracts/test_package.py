@@ -83,8 +83,8 @@ def test_every_import_of_the_library_is_a_declared_dependency() -> None:
     assert declared - used <= {"numpy"}
 
 
-OPTIONAL = {"jaxtyping", "tensorboard"}
-"""Types for tests only; a writer that is asked for by a flag."""
+OPTIONAL = {"jaxtyping", "jinja2", "tensorboard"}
+"""Types for tests only; the chat templates of the llm extra, which torch brings too; a writer asked for by a flag."""
 
 
 def _import_name(requirement: str) -> str:

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+import app.__main__ as app_command
 import dreamrie.__main__ as dreamrie_command
 from dreamrie.config import build_parser, parse_config
 from eval.__main__ import make_parser
@@ -99,7 +100,7 @@ def test_each_flag_in_the_prose_exists() -> None:
     """A flag in backticks is known to the training, to the scores or to the commands on files."""
     flags = set(re.findall(r"`(--[a-z_\-]+)", README))
     known = flags_of(build_parser()) | flags_of(make_parser())
-    known |= flags_of(dreamrie_command.make_parser())
+    known |= flags_of(dreamrie_command.make_parser()) | flags_of(app_command.make_parser())
     assert "--optimizer" in flags
     assert "--never_there" not in known
     assert {

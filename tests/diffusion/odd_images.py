@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, __version__
 
 from tests.diffusion.odd_bytes import (
     from_linear,
@@ -25,6 +25,8 @@ from tests.diffusion.odd_bytes import (
 )
 
 COLOR = (200, 40, 120)
+# Two rare kinds of TIFF are read by 13 and refused, in words, by 12, which gradio asks for.
+NEW_PILLOW = int(__version__.split(".")[0]) >= 13
 # Four quarters, so that every turn and mirror shows; the shades come through JPEG unchanged.
 QUARTERS = (((254, 0, 0), (0, 255, 1)), ((0, 0, 254), (255, 255, 255)))
 
@@ -95,7 +97,11 @@ def modes() -> Iterator[Kind]:
         yield Kind(f"1-bit {kind}", saved(half, kind), (127.5,) * 3)
     yield Kind("P", saved(flat("RGB", COLOR).quantize(4), "PNG"), COLOR)
     yield Kind("CMYK TIFF", saved(flat("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0))
-    yield Kind("YCbCr TIFF", saved(flat("YCbCr", (150, 128, 128)), "TIFF"), (150,) * 3)
+    tiff = saved(flat("YCbCr", (150, 128, 128)), "TIFF")
+    if NEW_PILLOW:
+        yield Kind("YCbCr TIFF", tiff, (150,) * 3)
+    else:
+        yield Kind("YCbCr TIFF", tiff, reason="truncated")
     lab = lab_in_srgb(60, 40, -30)
     yield Kind("LAB TIFF", tiff_file((1, 1), [8] * 3, 8, bytes([153, 40, 226])), lab)
     # Pillow stores CMYK inverted and names Adobe. Here the values are stored as they are, and nobody is named.
@@ -164,7 +170,11 @@ def transparent() -> Iterator[Kind]:
     yield Kind("PA TIFF", saved(indexed, "TIFF"), on_white(_web(), 100))
     premultiplied = {338: (3, [1])}
     # Premultiplied 20 at alpha 100 is the color 51, on white 20 + 155.
-    yield Kind("La TIFF", tiff_file((1, 1), [8, 8], 1, bytes([20, 100]), premultiplied), (175,) * 3)
+    tiff = tiff_file((1, 1), [8, 8], 1, bytes([20, 100]), premultiplied)
+    if NEW_PILLOW:
+        yield Kind("La TIFF", tiff, (175,) * 3)
+    else:
+        yield Kind("La TIFF", tiff, reason="of a kind not read here")
     rgba = tiff_file((1, 1), [8] * 4, 2, bytes([20, 0, 40, 100]), premultiplied)
     yield Kind("RGBa TIFF", rgba, (175, 155, 195))
     indexed = flat("RGB", COLOR).quantize(2)

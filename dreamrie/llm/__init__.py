@@ -1,0 +1,1 @@
+"""Language models: the second task of the one trainer. Nothing here knows pictures."""
