@@ -74,6 +74,7 @@ def test_the_tables_count_what_rises_and_what_agrees() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_small_run_trains_examines_and_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

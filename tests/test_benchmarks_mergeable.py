@@ -164,6 +164,7 @@ def test_the_density_that_keeps_most_is_chosen() -> None:
     assert mergeable.best_density(rows_of(SCORES | scores), "ties_svd") == 0.5
 
 
+@pytest.mark.slow
 def test_a_small_run_trains_merges_and_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def test_the_energy_is_that_of_the_file(tmp_path: Path) -> None:
     assert 0.3 < kept < 0.99
 
 
+@pytest.mark.slow
 def test_a_small_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps on the embedded model; a second call trains nothing."""
     run, output = tmp_path / "run", tmp_path / "results" / "t.json"

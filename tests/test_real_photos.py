@@ -39,6 +39,7 @@ def energy_distance(first: Tensor, second: Tensor) -> float:
     return float(2 * between - inside[0] - inside[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PHOTOS / "dog6").is_dir(), reason=f"the photos are not at {PHOTOS}")
 def test_samples_move_toward_the_photos(tmp_path: Path) -> None:
     """The distance between samples and photos, as distributions of latents, falls by a third and more."""

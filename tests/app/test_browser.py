@@ -133,6 +133,7 @@ def test_errors_are_toasts_in_plain_words(tmp_path: Path) -> None:
             assert page.locator("#trainings .dr-row").count() == 0
 
 
+@pytest.mark.slow
 def test_who_reloads_is_the_same_and_who_comes_anew_is_another(tmp_path: Path) -> None:
     """Photos belong to the browser that dropped them: there after a reload, never seen by another one."""
     by.require_browser()

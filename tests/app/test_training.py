@@ -320,6 +320,7 @@ def quick(train: Train, **where: Any) -> dict[str, Any]:
     return {**made, "score_steps": 0, "train_batch_size": 1, "loi_batches": 2}
 
 
+@pytest.mark.slow
 def test_a_real_training_is_stopped_and_resumed(tmp_path: Path) -> None:
     """The embedded model: SIGTERM commits a checkpoint, the training goes on from it and finishes with an adapter."""
     one = Server(tmp_path / "data", recipe=quick)
