@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -132,6 +133,8 @@ def serve(options: argparse.Namespace, auth: Sequence[tuple[str, str]]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     print("Loading the model ...", flush=True)
+    # The page takes as long to import as the model to load, which happens in another process.
+    threading.Thread(target=importlib.import_module, args=("app.main",), daemon=True).start()
     studio = Studio(settings)
     try:
         from app.main import launch
