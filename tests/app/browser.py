@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,10 +202,12 @@ def toast(page: Any) -> str:
     return words
 
 
-def screenshots(page: Any, folder: Path, stage: str) -> list[Path]:
+def screenshots(
+    page: Any, folder: Path, stage: str, schemes: Sequence[str] = ("light", "dark")
+) -> list[Path]:
     """Every tab, on a wide screen and a phone, light and dark; nothing is wider than the phone."""
     made = []
-    for scheme in ("light", "dark"):
+    for scheme in schemes:
         page.emulate_media(color_scheme=scheme)
         page.evaluate(f"document.body.classList.toggle('dark', {str(scheme == 'dark').lower()})")
         for size in (WIDE, PHONE):

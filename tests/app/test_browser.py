@@ -90,7 +90,7 @@ def test_from_an_empty_page_to_a_picture_and_back(tmp_path: Path) -> None:
         by.person(window, server.url) as (page, watched),
     ):
         generate_with_an_example(page, tmp_path)
-        by.screenshots(page, folder, "short")
+        by.screenshots(page, folder, "short", ["light"])
         assert watched.said == []
     log = (tmp_path / "server.log").read_text("utf-8")
     assert "Traceback" not in log
@@ -104,6 +104,7 @@ def refused(page: Any, what: Callable[[], Any]) -> str:
     return words
 
 
+@pytest.mark.slow
 def test_errors_are_toasts_in_plain_words(tmp_path: Path) -> None:
     """Nothing to draw, a file that is no adapter, photos that are none: what was wrong and what is allowed."""
     by.require_browser()

@@ -288,6 +288,7 @@ def painter() -> Iterator[DrawingProcess]:
     process.stop()
 
 
+@pytest.mark.slow
 def test_the_same_order_draws_the_same_pixels(painter: DrawingProcess, tmp_path: Path) -> None:
     """Twice in one process, and once more in another after the first was killed in the middle of a picture."""
     assert painter.facts() == ModelFacts("dreamrie/tiny-sd", 64, 16, 25, 4.0, True, "cpu")
