@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -236,12 +237,11 @@ class DrawingProcess:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise DrawingError(f"the drawing process cannot be started: {reason}") from error
-        try:
-            self._facts = self._first_word(process, cancelled)
-        except BaseException:
+        with ExitStack() as undo:
             # A process that is there has loaded its model, or it is not there.
-            self._end()
-            raise
+            undo.callback(self._end)
+            self._facts = self._first_word(process, cancelled)
+            undo.pop_all()
         return process
 
     def _first_word(self, process: _Process, cancelled: threading.Event | None) -> ModelFacts:

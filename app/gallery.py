@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from app.fresh import fresh_folder
 from app.names import is_file_name
 from app.storage import Owner, Storage, StorageError
 from app.words import plain
@@ -190,27 +191,23 @@ class Gallery:
             StorageError: it is no upload, or no whole, plain LoRA; nothing of it is left.
         """
         title = _title(title) or _title(Path(str(upload)).stem) or "adapter"
-        name = self._storage.create(owner, "uploads", title)
         try:
-            (received,) = self._storage.receive(
-                *(owner, "uploads", name, [upload]),
-                max_bytes=LARGEST_UPLOAD,
-                max_files=1,
-                suffixes=frozenset({".safetensors"}),
-            )
-            path = self._storage.file(owner, "uploads", name, ADAPTER)
-            self._storage.file(owner, "uploads", name, received).rename(path)
-            known = self._read(path)
-            if known.problem:
-                raise StorageError(f"{title} cannot be used: {known.problem}")
-            about = self._storage.file(owner, "uploads", name, ABOUT)
-            write_atomic(about, json.dumps({"title": title}).encode())
+            with fresh_folder(self._storage, owner, "uploads", title) as name:
+                (received,) = self._storage.receive(
+                    *(owner, "uploads", name, [upload]),
+                    max_bytes=LARGEST_UPLOAD,
+                    max_files=1,
+                    suffixes=frozenset({".safetensors"}),
+                )
+                path = self._storage.file(owner, "uploads", name, ADAPTER)
+                self._storage.file(owner, "uploads", name, received).rename(path)
+                known = self._read(path)
+                if known.problem:
+                    raise StorageError(f"{title} cannot be used: {known.problem}")
+                about = self._storage.file(owner, "uploads", name, ABOUT)
+                write_atomic(about, json.dumps({"title": title}).encode())
         except OSError as error:
-            self._storage.remove(owner, "uploads", name)
             raise StorageError(f"{title} could not be kept: {error.strerror}.") from error
-        except BaseException:
-            self._storage.remove(owner, "uploads", name)
-            raise
         return self._upload(owner, name)
 
     def spectrum(self, owner: Owner, id: str) -> list[list[float]]:

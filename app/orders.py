@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from app.asked import AskError, Generate
 from app.drawing import DrawingProcess, ModelFacts
+from app.fresh import fresh_folder
 from app.gallery import Entry
 from app.jobs import Progress
 from app.storage import Owner, Storage
@@ -192,14 +193,10 @@ class DrawWork:
         storage, owner = self._storage, self._owner
         for old in storage.names(owner, "pictures")[_KEPT_ORDERS - 1 :]:
             storage.remove(owner, "pictures", old)
-        name = storage.create(owner, "pictures", self._planned[0][1]["prompt"])
-        try:
+        with fresh_folder(storage, owner, "pictures", self._planned[0][1]["prompt"]) as name:
             drawn = self._draw(name, report, cancelled)
             archive = storage.file(owner, "pictures", name, _ZIP)
             _pack(archive, drawn)
-        except BaseException:
-            storage.remove(owner, "pictures", name)
-            raise
         return Outcome(drawn, self._columns, drawn[0].settings["seed"], archive)
 
     def _draw(

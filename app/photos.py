@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.fresh import fresh_folder
 from app.storage import Owner, Storage, StorageError
 from dreamrie.diffusion.doctor import advice, diagnose
 
@@ -52,25 +53,27 @@ def add(storage: Storage, owner: Owner, name: str, uploads: Sequence[str]) -> st
     Raises:
         StorageError: too many, too large, or no pictures.
     """
-    made = not name
-    name = name or storage.create(owner, "photos", "photos")
-    try:
-        already = sum(path.is_file() for path in storage.folder(owner, "photos", name).iterdir())
-        if already + len(uploads) > MAX_PHOTOS:
-            raise StorageError(
-                f"At most {MAX_PHOTOS} photos; {already} are there and {len(uploads)} were dropped. 3 to 20 are enough."
-            )
-        storage.receive(
-            *(owner, "photos", name, uploads),
-            max_bytes=_MAX_BYTES,
-            max_files=MAX_PHOTOS,
-            suffixes=_SUFFIXES,
-        )
-    except StorageError:
-        if made:
-            storage.remove(owner, "photos", name)
-        raise
+    if name:
+        _receive(storage, owner, name, uploads)
+    else:
+        with fresh_folder(storage, owner, "photos", "photos") as name:
+            _receive(storage, owner, name, uploads)
     return name
+
+
+def _receive(storage: Storage, owner: Owner, name: str, uploads: Sequence[str]) -> None:
+    """Take photos into a set that is there."""
+    already = sum(path.is_file() for path in storage.folder(owner, "photos", name).iterdir())
+    if already + len(uploads) > MAX_PHOTOS:
+        raise StorageError(
+            f"At most {MAX_PHOTOS} photos; {already} are there and {len(uploads)} were dropped. 3 to 20 are enough."
+        )
+    storage.receive(
+        *(owner, "photos", name, uploads),
+        max_bytes=_MAX_BYTES,
+        max_files=MAX_PHOTOS,
+        suffixes=_SUFFIXES,
+    )
 
 
 def add_example(storage: Storage, owner: Owner, concept: str) -> str:

@@ -103,11 +103,10 @@ def copy_all(files: Sequence[tuple[Path, str, int]], folder: Path) -> None:
         for _, name, _ in files:
             os.rename(staging / name, folder / name)
             moved.append(folder / name)
-    except BaseException:
+        moved.clear()
+    finally:
         for path in moved:
             path.unlink(missing_ok=True)
-        raise
-    finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from app.asked import Train
 from app.drawing import DrawingProcess
+from app.fresh import fresh_folder
 from app.jobs import BusyError, Device, Job
 from app.recipe import Usual, prompt_of, settings_of, usual, with_folders
 from app.running import CHECKOUT, STOPPED, TrainingError, is_alive, read_record, send, write_record
@@ -107,7 +108,6 @@ class Trainings:
         settings = self._recipe(
             train, pictures=pictures, model=self._model, revision=self._revision, device=device
         )
-        name = self._storage.create(owner, "runs", train.title)
         record = {
             "title": train.title,
             "subject": train.subject,
@@ -117,12 +117,9 @@ class Trainings:
             "settings": settings,
             "launched": False,
         }
-        try:
+        with fresh_folder(self._storage, owner, "runs", train.title) as name:
             write_record(self._storage.folder(owner, "runs", name), record)
             self._submit(owner, name)
-        except BaseException:
-            self._storage.remove(owner, "runs", name)
-            raise
         return name
 
     def resume(self, owner: Owner, name: str) -> None:

@@ -11,7 +11,7 @@ from dreamrie.diffusion.adapters import load_saved_adapter
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.images import contact_sheet, list_images, load_image, save_png
 from dreamrie.diffusion.pipeline import sample
-from dreamrie.diffusion.streams import derive_seed
+from dreamrie.streams import derive_seed
 from eval import metrics
 from eval.encoders import Encoder
 from eval.pictures import is_blank

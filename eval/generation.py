@@ -15,9 +15,9 @@ from PIL import Image
 from dreamrie.diffusion.adapters import adapter_off
 from dreamrie.diffusion.images import list_images, load_image, save_png
 from dreamrie.diffusion.pipeline import Components, sample
-from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import ConfigError, ImageError
 from dreamrie.files import write_atomic
+from dreamrie.streams import derive_seed
 from eval.pictures import read_folder
 from eval.prompts import PromptSet
 from eval.results import PICTURES, Picture

@@ -15,8 +15,8 @@ from dreamrie.diffusion.buckets import BUCKET_ASPECT
 from dreamrie.diffusion.captions import read_captions
 from dreamrie.diffusion.framing import Framing, Taken, take_picture
 from dreamrie.diffusion.images import BACKGROUND, find_pictures
-from dreamrie.diffusion.streams import stream_generator
 from dreamrie.errors import ConfigError, ImageError
+from dreamrie.streams import stream_generator
 
 _log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from dreamrie.config.train_config import usual_guidance
 from dreamrie.diffusion.images import list_images, load_image, map_images, save_png
 from dreamrie.diffusion.pipeline import Components, check_prompt, sample
 from dreamrie.diffusion.source import EMBEDDED
-from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import ConfigError, ImageError
 from dreamrie.lora.fingerprint import base_fingerprint
+from dreamrie.streams import derive_seed
 
 _log = logging.getLogger(__name__)
 

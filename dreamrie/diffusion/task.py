@@ -25,9 +25,9 @@ from dreamrie.diffusion.pipeline import (
     encode_prompts,
     sample,
 )
-from dreamrie.diffusion.streams import derive_seed, stream_generator
 from dreamrie.errors import ConfigError
 from dreamrie.lora import LoraPair
+from dreamrie.streams import derive_seed, stream_generator
 
 _log = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from dreamrie.diffusion.adapters import adapter_off
 from dreamrie.diffusion.exported import drawn_from_file
 from dreamrie.diffusion.images import contact_sheet, save_png
 from dreamrie.diffusion.pipeline import Components, sample
-from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import NumericalError
 from dreamrie.files import write_atomic
 from dreamrie.run_folder import ADAPTER
+from dreamrie.streams import derive_seed
 from dreamrie.trainer import Verdict, scored_folder
 from eval import metrics
 from eval.encoders import Encoder

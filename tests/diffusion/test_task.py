@@ -25,9 +25,9 @@ from dreamrie.diffusion.pipeline import (
     encode_prompts,
     sample,
 )
-from dreamrie.diffusion.streams import derive_seed
 from dreamrie.errors import ConfigError
 from dreamrie.lora import attach_lora
+from dreamrie.streams import derive_seed
 from tests.small_models import KINDS, small_components, small_folder, write_pictures
 
 

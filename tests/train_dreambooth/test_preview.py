@@ -13,8 +13,8 @@ from PIL import Image
 
 from dreamrie import __main__ as tools
 from dreamrie.diffusion.exported import EXPORTED
-from dreamrie.diffusion.streams import derive_seed
 from dreamrie.diffusion.task import DreamBoothTask
+from dreamrie.streams import derive_seed
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command
 from tests.train_dreambooth.test_scores import SCORES
 

@@ -17,7 +17,7 @@ from dreamrie.checkpoint import MANIFEST, STATE, TENSORS
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.pipeline import sample
 from dreamrie.diffusion.prior import ensure_class_images
-from dreamrie.diffusion.streams import derive_seed
+from dreamrie.streams import derive_seed
 from tests.contracts.sources import ROOT
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command, metrics, moved
 
