@@ -29,7 +29,7 @@ from dreamrie.diffusion.prepare import (
     missing_for_scores,
     run_facts,
 )
-from dreamrie.diffusion.resume import checkpoint_plan, find_resume
+from dreamrie.diffusion.resume import checkpoint_plan
 from dreamrie.diffusion.task import DreamBoothTask, picture_unit
 from dreamrie.errors import ConfigError, DreamrieError
 from dreamrie.loi import locally_optimal_init
@@ -39,6 +39,7 @@ from dreamrie.optimizers import build_optimizer
 from dreamrie.run_folder import check_not_in_use, check_output_dir
 from dreamrie.runlog import RunLog, check_records, exit_code, start_logging
 from dreamrie.trainer import LoopSettings, Scorer, make_accelerator, sigterm_as_ctrl_c, train
+from dreamrie.trainer.resuming import find_resume
 
 logger = logging.getLogger("dreamrie.train_dreambooth")
 

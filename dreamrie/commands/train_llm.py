@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 
 from dreamrie.config import LlmConfig, add_settings, read_config, to_yaml
 from dreamrie.llm.prepare import build_task, explain, read_request, run_facts
-from dreamrie.llm.resume import checkpoint_plan, find_resume
+from dreamrie.llm.resume import checkpoint_plan
 from dreamrie.llm.task import CausalLmTask
 from dreamrie.loi import locally_optimal_init
 from dreamrie.optimizers import build_optimizer
 from dreamrie.run_folder import check_not_in_use
 from dreamrie.runlog import RunLog
 from dreamrie.trainer import LoopSettings, make_accelerator, sigterm_as_ctrl_c, train
+from dreamrie.trainer.resuming import find_resume
 
 HELP = "fine-tune a language model on answers; writes a PEFT adapter"
 

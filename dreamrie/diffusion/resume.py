@@ -1,54 +1,17 @@
-"""Going on with a DreamBooth training: find its checkpoint, and say what a checkpoint depends on."""
+"""What a checkpoint of a DreamBooth training depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from pathlib import Path
 
-import torch
-
-from dreamrie.checkpoint import Checkpoint, find_checkpoint
-from dreamrie.config import TrainConfig, check_same_settings, to_yaml, with_earlier_warmup
+from dreamrie.checkpoint import Checkpoint
+from dreamrie.config import TrainConfig
 from dreamrie.diffusion.apart import others_fingerprint
 from dreamrie.diffusion.task import DreamBoothTask
-from dreamrie.errors import CheckpointError
-from dreamrie.lora.fingerprint import base_fingerprint
-from dreamrie.run_folder import check_output_dir
-from dreamrie.runlog import package_versions
 from dreamrie.trainer import Checkpoints
-from dreamrie.trainer.saving import SETTINGS
-
-
-def find_resume(config: TrainConfig) -> tuple[Checkpoint | None, TrainConfig]:
-    """Read the checkpoint that a command names, and compare its settings with those of the command.
-
-    Args:
-        config: resolved settings.
-
-    Returns:
-        The checkpoint, None if the training starts from the beginning; and the settings, see `with_earlier_warmup`.
-
-    Raises:
-        CheckpointError: there is none, or none that can be read, or it is longer than the training.
-        ConfigError: a setting differs that would make another training of it.
-    """
-    wanted = config.run.resume_from_checkpoint
-    if wanted is None:
-        return None, config
-    check_output_dir(config.output.output_dir)
-    found = find_checkpoint(config.output.output_dir, wanted)
-    saved, where = str(found.state["facts"][SETTINGS]), str(found.path)
-    config = with_earlier_warmup(saved, config, where)
-    check_same_settings(saved, config, where)
-    if found.step > config.schedule.max_train_steps:
-        raise CheckpointError(
-            f"{found.path.name} is beyond the end of the training, which has {config.schedule.max_train_steps} steps\n"
-            f"  where: {found.path}\n"
-            "  what to do: raise --max_train_steps, or give an earlier checkpoint"
-        )
-    return found, config
+from dreamrie.trainer.resuming import plan_checkpoints
 
 
 def checkpoint_plan(
@@ -60,33 +23,26 @@ def checkpoint_plan(
         config: resolved settings.
         task: ready to train.
         processes: of this training.
-        resume: from `find_resume`.
+        resume: from `dreamrie.trainer.resuming.find_resume`.
 
     Returns:
         For `dreamrie.trainer.train`.
     """
-    output = config.output
-    if not output.checkpointing_steps and resume is None:
-        return Checkpoints(every=None)
-    versions = package_versions()
-    facts = {
-        SETTINGS: to_yaml(config),
-        **picture_fingerprints(task),
-        "the weights of the base model": base_fingerprint(task.model)[:16],
-        "the number of processes": str(processes),
-        "the device": task.components.device.type,
-        "versions": ", ".join(
-            f"{name} {versions[name]}" for name in ("torch", "diffusers", "peft")
-        ),
-        "threads": f"{torch.get_num_threads()} on {platform.machine()}",
-    }
-    if config.adapter.orthogonal_to:
-        name = "the content of the adapters to be orthogonal to"
-        facts[name] = others_fingerprint(config.adapter.other_adapters)
-    return Checkpoints(
-        every=output.checkpointing_steps or None,
-        limit=output.checkpoints_total_limit or None,
-        facts=facts,
+
+    def contents() -> dict[str, str]:
+        found = picture_fingerprints(task)
+        if config.adapter.orthogonal_to:
+            name = "the content of the adapters to be orthogonal to"
+            found[name] = others_fingerprint(config.adapter.other_adapters)
+        return found
+
+    return plan_checkpoints(
+        config,
+        task.model,
+        contents,
+        device=task.components.device,
+        processes=processes,
+        libraries=("torch", "diffusers", "peft"),
         resume=resume,
     )
 
