@@ -1,0 +1,129 @@
+"""Command line: `run` trains, `plots` draws and prints."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.convergence.methods import CENTRES, DEFAULT, GRID
+from benchmarks.convergence.plan import (
+    CONCEPTS,
+    RANKS,
+    SEEDS,
+    STEPS,
+    SWEEPS,
+    TUNING,
+    Cell,
+    plan,
+    sweep_plan,
+)
+from benchmarks.convergence.pool import Task, best_device, run
+from benchmarks.convergence.records import read_records
+from benchmarks.convergence.scoring import PICTURES_EACH
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _centre(text: str) -> tuple[str, float]:
+    """METHOD=VALUE."""
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Both commands."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence")
+    commands = parser.add_subparsers(dest="command", required=True)
+    trains = commands.add_parser("run", help="train and score what is missing")
+    trains.add_argument("--output", type=Path, help="JSON; default below benchmarks/results")
+    trains.add_argument("--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[-2r][+INIT]")
+    trains.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="main one first")
+    trains.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    trains.add_argument("--concepts", nargs="+", default=None, choices=CONCEPTS)
+    trains.add_argument("--grid", type=int, default=GRID, help="learning rates, an odd number")
+    trains.add_argument(
+        "--centre",
+        nargs="+",
+        type=_centre,
+        default=[],
+        metavar="METHOD=LR",
+        help=f"middle of a grid; defaults: {', '.join(f'{k} {v:g}' for k, v in CENTRES.items())}",
+    )
+    trains.add_argument("--sweep", choices=sorted(SWEEPS), help="riemannion+loi on tuning concepts")
+    trains.add_argument("--sweep-lr", type=float, default=CENTRES["riemannion"])
+    trains.add_argument("--steps", type=int, default=STEPS)
+    trains.add_argument("--pictures", type=int, default=PICTURES_EACH, help="of each scoring")
+    trains.add_argument(
+        "--stack", type=int, default=len(CONCEPTS), help="trainings side by side in a worker"
+    )
+    trains.add_argument("--workers", type=int, default=1)
+    trains.add_argument("--device", default=best_device())
+    trains.add_argument("--graphs", choices=("on", "off"), default="on", help="record CUDA graphs")
+    trains.add_argument("--limit-minutes", type=float, help="stop then; the same command goes on")
+    draws = commands.add_parser("plots", help="draw and print what the JSON holds")
+    draws.add_argument("--results", nargs="+", type=Path, default=[RESULTS / "convergence.json"])
+    draws.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the figures")
+    draws.add_argument("--rank", type=int, default=RANKS[0], help="of the first figures and table")
+    return parser
+
+
+def cells_of(options: argparse.Namespace) -> list[Cell]:
+    """The plan that the options ask for."""
+    if options.sweep:
+        return sweep_plan(options.sweep, options.ranks[0], options.seeds, options.sweep_lr)
+    centres = dict(options.centre)
+    unknown = sorted(set(centres) - set(options.methods))
+    if unknown or options.grid % 2 == 0:
+        raise SystemExit(
+            f"--centre names no method of --methods: {', '.join(unknown)}"
+            if unknown
+            else f"--grid must be odd, got {options.grid}"
+        )
+    return plan(options.methods, options.ranks, options.seeds, centres, options.grid)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Do what is missing."""
+    started = time.time()
+    task = Task(
+        cells_of(options),
+        tuple(options.concepts or (TUNING if options.sweep else CONCEPTS)),
+        options.steps,
+        options.pictures,
+        options.stack,
+        options.workers,
+        options.device,
+        options.graphs == "on",
+        options.limit_minutes,
+    )
+    name = f"convergence-{options.sweep}.json" if options.sweep else "convergence.json"
+    path = options.output or RESULTS / name
+    records = read_records([path])
+    before = sum(map(len, records.cells.values()))
+    done = run(task, records, path)
+    count, minutes = sum(map(len, records.cells.values())) - before, (time.time() - started) / 60
+    print(f"{count} trainings in {minutes:.1f} minutes, {count / max(minutes, 1e-9):.0f} a minute")
+    print("all done" if done else "not all done: the same command goes on from here")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        argv: see `--help`.
+    """
+    options = make_parser().parse_args(argv)
+    if options.command == "run":
+        train(options)
+        return
+    # Figures need matplotlib, training does not.
+    from benchmarks.convergence.report import draw_and_print
+
+    draw_and_print(read_records(options.results), options.rank, options.docs)
+
+
+if __name__ == "__main__":
+    main()

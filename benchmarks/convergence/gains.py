@@ -1,0 +1,166 @@
+"""From the scores of single trainings to gains: the combined score, its zero point, and means with intervals.
+
+The combined score of a training is the harmonic mean of two shares, each at most 1: image similarity as a share of the
+real pictures' similarity to each other, and prompt margin as a share of the base model's. Its zero point is the base
+model's combined score: what is called a gain is the difference to it, and 95 % of the best means 95 % of the best gain.
+A training that draws blank pictures gains nothing: what is left then is the base model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.convergence.plan import Cell
+from benchmarks.convergence.records import Records, Scores
+
+DRAWS = 1000
+Array = NDArray[np.float64]
+Unit = tuple[str, int]
+"""Concept and seed."""
+
+
+def combined(image: float, margin: float, ceiling: float, base_margin: float) -> float:
+    """Harmonic mean of both shares.
+
+    Args:
+        image: image similarity.
+        margin: prompt margin.
+        ceiling: image similarity of the real pictures to each other, > 0.
+        base_margin: prompt margin of the base model, > 0.
+
+    Returns:
+        In [0, 1].
+    """
+    likeness = min(1.0, max(0.0, image / ceiling))
+    kept = min(1.0, max(0.0, margin / base_margin))
+    return 2 * likeness * kept / (likeness + kept) if likeness + kept else 0.0
+
+
+def gains(scores: Scores, base: Sequence[int]) -> list[float]:
+    """Gain of one training at step 0 and at every mark.
+
+    Args:
+        scores: see `records.Scores`.
+        base: see `records.BASE`.
+
+    Returns:
+        One more than there are marks; the first is 0.
+    """
+    image, margin, _, ceiling = base
+    zero = combined(image, margin, ceiling, margin)
+    found = [0.0]
+    for seen, kept in zip(scores[:-1:2], scores[1:-1:2], strict=True):
+        broken = seen is None or kept is None
+        found.append(0.0 if broken else combined(seen or 0, kept or 0, ceiling, margin) - zero)
+    return found
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method at one rank over its learning rates.
+
+    Attributes:
+        lrs: ascending. units: concept and seed, the same for every learning rate.
+        values: gains, (learning rates, units, 1 + marks).
+    """
+
+    lrs: list[float]
+    units: list[Unit]
+    values: Array
+
+    def only(self, concepts: Iterable[str]) -> Series:
+        """The same with some of the concepts."""
+        wanted = set(concepts)
+        keep = [place for place, unit in enumerate(self.units) if unit[0] in wanted]
+        return Series(self.lrs, [self.units[place] for place in keep], self.values[:, keep])
+
+    @property
+    def finals(self) -> Array:
+        """Mean gain at the end for each learning rate."""
+        found: Array = self.values[:, :, -1].mean(1)
+        return found
+
+    @property
+    def best(self) -> int:
+        """Place of the learning rate with the highest gain at the end."""
+        return int(self.finals.argmax())
+
+
+def complete_cells(records: Records, rank: int) -> list[Cell]:
+    """Cells of a rank with every concept that the base model was scored on, without those with a changed setting."""
+    return [
+        cell
+        for cell, scores in records.cells.items()
+        if cell.rank == rank and not cell.setting and scores.keys() >= records.base.keys()
+    ]
+
+
+def common_units(records: Records, rank: int, methods: Sequence[str]) -> list[Unit]:
+    """Concepts and seeds that these methods have at a rank for every learning rate; incomplete cells count for nothing.
+
+    Args:
+        records: finished trainings.
+        rank: r.
+        methods: names.
+
+    Returns:
+        Every concept for every seed that is complete; a seed that was cut short is left out.
+    """
+    by_rate: dict[tuple[str, float], set[int]] = {}
+    for cell in complete_cells(records, rank):
+        if cell.method in methods:
+            by_rate.setdefault((cell.method, cell.lr), set()).add(cell.seed)
+    seeds = set.intersection(*by_rate.values()) if by_rate else set()
+    return sorted((concept, seed) for concept in records.base for seed in seeds)
+
+
+def methods_at(records: Records, rank: int) -> list[str]:
+    """Methods that were trained at a rank, adamw first."""
+    found = {cell.method for cell in complete_cells(records, rank)}
+    return sorted(found, key=lambda name: (name != "adamw", name))
+
+
+def series(records: Records, method: str, rank: int, units: Sequence[Unit]) -> Series:
+    """Collect the gains of a method at a rank."""
+    lrs = sorted({cell.lr for cell in complete_cells(records, rank) if cell.method == method})
+    values = [
+        [
+            gains(records.cells[Cell(method, rank, lr, seed)][concept], records.base[concept])
+            for concept, seed in units
+        ]
+        for lr in lrs
+    ]
+    return Series(lrs, list(units), np.array(values))
+
+
+def draws(units: Sequence[Unit], count: int = DRAWS, seed: int = 0) -> Array:
+    """Weights of resampled means: concepts and seeds are both drawn with replacement, all seeds of a concept together.
+
+    Args:
+        units: concept and seed of each value; every concept has every seed.
+        count: of draws.
+        seed: of the draws, so that every number of a table is paired.
+
+    Returns:
+        (count, units), rows of sum 1.
+    """
+    random = np.random.default_rng(seed)
+    parts = []
+    for place in (0, 1):
+        names = sorted({unit[place] for unit in units}, key=str)
+        counts = random.multinomial(len(names), [1 / len(names)] * len(names), size=count)
+        parts.append(counts[:, [names.index(unit[place]) for unit in units]])
+    weights: Array = (parts[0] * parts[1]).astype(np.float64)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def interval(values: Sequence[float] | Array) -> tuple[float, float]:
+    """Middle 95 % of some draws, which may be infinite."""
+    ordered = sorted(float(value) for value in values)
+    last = len(ordered) - 1
+    return ordered[math.floor(0.025 * last)], ordered[math.ceil(0.975 * last)]

@@ -1,0 +1,111 @@
+"""Methods by name: an optimizer, a start, a width; and the grid of learning rates of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dreamrie.config.method import usual_init
+from dreamrie.init_table import INITS
+from dreamrie.optimizer_table import OPTIMIZERS
+
+# Middle of the grid, in the unit of each optimizer. They are guesses from runs on the tuning concepts; a best value at
+# the end of its grid is marked in the table, and --centre moves the grid.
+CENTRES = {
+    "riemannion": 1e-2,
+    "riemann_sgd": 1e-1,
+    "riemann_adam": 1e-2,
+    "imuon": 1e-2,
+    "lora_muon": 1e-2,
+    "lora_rite": 1e-3,
+    "adamw": 1e-3,
+    "lorafa": 1e-3,
+    "rprec_adamw": 1e-3,
+    "loraplus": 3e-4,
+    "muon": 1e-2,
+    "sgd": 1.0,
+}
+# Elementwise, in few launches; the others factor many small matrices, for which a processor is quicker than a GPU.
+ELEMENTWISE = {"adamw", "sgd", "loraplus"}
+DEFAULT = ("adamw", "riemannion+loi", "adamw-2r", "riemannion+orthonormal")
+GRID, DECADES = 7, 2.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a name stands for.
+
+    Attributes:
+        name: `OPTIMIZER`, `OPTIMIZER+INIT`, and `-2r` after the optimizer for twice the rank.
+        optimizer: key of `dreamrie.optimizer_table.OPTIMIZERS`.
+        init: start of the adapters, `loi` or as `dreamrie.attach_lora` takes it.
+        width: 1, or 2 for twice the rank.
+    """
+
+    name: str
+    optimizer: str
+    init: str
+    width: int = 1
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether it steps where the model is; else on the processor."""
+        return self.optimizer in ELEMENTWISE
+
+    def start_scale(self, rank: int, lr: float) -> float:
+        """Singular value of a start called loi or orthonormal: the rule that the training script has for loi."""
+        return max(0.1 / rank**0.5, 10 * lr if OPTIMIZERS[self.optimizer].bounded_step else 0.0)
+
+
+def parse_method(name: str) -> Method:
+    """Read a name.
+
+    Args:
+        name: see `Method`.
+
+    Raises:
+        SystemExit: there is no such optimizer or start, or they do not go together.
+    """
+    left, _, init = name.partition("+")
+    optimizer = left.removesuffix("-2r")
+    if optimizer not in OPTIMIZERS:
+        raise SystemExit(
+            f"--methods: there is no optimizer {optimizer!r} in {name!r}; known: {', '.join(OPTIMIZERS)}. A method is "
+            "OPTIMIZER, OPTIMIZER+INIT, OPTIMIZER-2r or OPTIMIZER-2r+INIT"
+        )
+    start, entry = init or usual_init(optimizer), OPTIMIZERS[optimizer]
+    if start not in INITS or (INITS[start].needs == "batches" and start != "loi"):
+        known = [key for key, one in INITS.items() if one.needs != "batches" or key == "loi"]
+        raise SystemExit(
+            f"--methods: {name!r} wants the start {start!r}; here there are {', '.join(known)}"
+        )
+    anchored = INITS[start].anchored
+    if (entry.needs_rank and not anchored) or (entry.anchor == "refused" and anchored):
+        raise SystemExit(f"--methods: {optimizer} cannot go on from the start {start!r}")
+    return Method(name, optimizer, start, 2 if left.endswith("-2r") else 1)
+
+
+def grid(centre: float, count: int = GRID) -> list[float]:
+    """Learning rates over two decades around a middle, the middle first, then outwards: 1, 2.15, 0.464, 4.64, ...
+
+    Args:
+        centre: geometric middle.
+        count: odd, at least 1.
+
+    Returns:
+        `count` values, rounded to three digits, so that they are the same wherever they are computed.
+    """
+    half = count // 2
+    places = sorted(range(-half, half + 1), key=lambda place: (abs(place), -place))
+    step = DECADES / max(1, count - 1)
+    return [float(f"{centre * 10 ** (step * place):.3g}") for place in places]
+
+
+def grid_of(method: Method, centres: dict[str, float], count: int = GRID) -> list[float]:
+    """Grid of a method: around `centres` by its name, else around `CENTRES` by its optimizer."""
+    centre = centres.get(method.name) or CENTRES.get(method.optimizer)
+    if centre is None or not math.isfinite(centre):
+        raise SystemExit(
+            f"no middle of the grid is known for {method.name}: give --centre {method.name}=VALUE"
+        )
+    return grid(centre, count)

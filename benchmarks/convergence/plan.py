@@ -1,0 +1,113 @@
+"""What is trained, in which order: a plan that was cut short still fills a balanced table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from benchmarks.convergence.methods import GRID, grid_of, parse_method
+
+# Learning rates, starts and defaults are chosen on these alone. The pumpkin is that of the demo, whose settings were
+# tuned on it long ago.
+TUNING = ("pumpkin", "owl", "puzzle_cube")
+TEST = ("alien", "flying_saucer", "robot", "rubber_duck", "teapot", "teddy_bear", "unicorn")
+CONCEPTS = TUNING + TEST
+RANKS, SEEDS = (4, 2, 8, 16), (0, 1, 2)
+STEPS = 400
+# Steps after which every training is scored, as parts of its length.
+MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+
+SWEEPS: dict[str, tuple[float, ...]] = {
+    "alpha": (0.1, 0.3, 1.0, 3.0, 10.0),
+    "batches": (1, 4, 16, 32, 128),
+    "momentum": (0.0, 0.5, 0.8, 0.9, 0.95, 0.98),
+    "decay": (0.0, 0.01, 0.1, 1.0, 10.0),
+}
+"""Settings of riemannion+loi that can be varied: start in multiples of the default, LOI batches, momentum, decay."""
+
+
+class Cell(NamedTuple):
+    """One training of each concept, all in one stack.
+
+    Attributes:
+        method: name, see `methods.Method`.
+        rank: r; a method of width 2 trains 2 r.
+        lr: peak learning rate.
+        seed: of start, pictures, noise and timesteps.
+        setting: one changed setting, such as "momentum=0.95", or nothing.
+    """
+
+    method: str
+    rank: int
+    lr: float
+    seed: int
+    setting: str = ""
+
+
+def marks(steps: int) -> list[int]:
+    """Steps at which a training of this length is scored; the last is its end."""
+    return sorted({max(1, round(part * steps)) for part in MARKS})
+
+
+def plan(
+    methods: Sequence[str],
+    ranks: Sequence[int],
+    seeds: Sequence[int],
+    centres: dict[str, float] | None = None,
+    grid: int = GRID,
+) -> list[Cell]:
+    """Every cell, the most valuable first.
+
+    First rank first: first seed, then the others. Then the other ranks, all of them for the first seed, then for the
+    others. Inside of a stage the middle of the grids comes first, all methods for each place of the grid.
+
+    Args:
+        methods: names.
+        ranks: the first is the main one.
+        seeds: of the trainings.
+        centres: middle of the grid by name of a method.
+        grid: values of the learning rate for each method, odd.
+
+    Returns:
+        Each cell once.
+    """
+    stages = [(rank, seed) for rank in ranks[:1] for seed in seeds]
+    stages += [(rank, seed) for seed in seeds for rank in ranks[1:]]
+    rates = {name: grid_of(parse_method(name), centres or {}, grid) for name in methods}
+    return [
+        Cell(name, rank, rates[name][place], seed)
+        for rank, seed in stages
+        for place in range(grid)
+        for name in methods
+    ]
+
+
+def sweep_plan(setting: str, rank: int, seeds: Sequence[int], lr: float) -> list[Cell]:
+    """Riemannion from LOI with one setting varied, everything else at its default.
+
+    Args:
+        setting: key of `SWEEPS`.
+        rank: r.
+        seeds: of the trainings.
+        lr: peak learning rate.
+
+    Returns:
+        Each value for the first seed, then for the others.
+    """
+    return [
+        Cell("riemannion+loi", rank, lr, seed, f"{setting}={value:g}")
+        for seed in seeds
+        for value in SWEEPS[setting]
+    ]
+
+
+def missing(
+    cells: Iterable[Cell], concepts: Sequence[str], done: dict[Cell, dict[str, list[int | None]]]
+) -> list[tuple[Cell, tuple[str, ...]]]:
+    """Cells that are not complete, in their order, with the concepts that they lack."""
+    found = []
+    for cell in cells:
+        lacking = tuple(name for name in concepts if name not in done.get(cell, {}))
+        if lacking:
+            found.append((cell, lacking))
+    return found

@@ -1,0 +1,136 @@
+"""The figures of the bench."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from benchmarks.convergence.gains import Series
+from benchmarks.convergence.targets import Row, plateau
+from dreamrie.files import write_atomic
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+MARKERS = "osD^v<>ph*XP"
+_DPI = 110
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Color and marker of a method, the same in every figure."""
+    return {
+        "color": plt.get_cmap("tab20" if number > 9 else "tab10")(number % 20),
+        "marker": MARKERS[number % 12],
+    }
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG and close the figure."""
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    plt.close(figure)
+    write_atomic(path, buffer.getvalue())
+
+
+def plot_steps(rows: Sequence[Row], steps: Sequence[int], path: Path) -> None:
+    """Gain against steps, each method at its own learning rate, with intervals."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for number, row in enumerate(rows):
+        style = _style(number)
+        axes.plot(steps, row.curve[0], label=f"{row.method}, lr {row.lr:g}", markersize=4, **style)
+        axes.fill_between(
+            steps, row.curve[1], row.curve[2], color=style["color"], alpha=0.12, linewidth=0
+        )
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(xlabel="optimizer steps", ylabel="gain over the base model")
+    axes.legend(fontsize=7, framealpha=0.6)
+    _save(figure, path)
+
+
+def plot_rates(series: Mapping[str, Series], path: Path) -> None:
+    """Gain at the end against the learning rate, in multiples of each method's best."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for number, (name, one) in enumerate(series.items()):
+        flat, best = plateau(one.lrs, one.finals), one.lrs[one.best]
+        style = _style(number)
+        axes.semilogx(
+            [lr / best for lr in one.lrs],
+            one.finals,
+            label=f"{name}, best {best:g}",
+            markersize=4,
+            **style,
+        )
+        axes.plot(
+            [flat.low / best, flat.high / best],
+            [0.95 * one.finals.max()] * 2,
+            color=style["color"],
+            linewidth=4,
+            alpha=0.35,
+        )
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(
+        xlabel="learning rate, in multiples of the method's best", ylabel="gain over the base model"
+    )
+    axes.legend(fontsize=7, framealpha=0.6)
+    _save(figure, path)
+
+
+def plot_ranks(by_rank: Mapping[int, Mapping[str, Series]], path: Path) -> None:
+    """Best learning rate and its plateau against the rank."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    names = list(dict.fromkeys(name for found in by_rank.values() for name in found))
+    for number, name in enumerate(names):
+        ranks = [rank for rank in sorted(by_rank) if name in by_rank[rank]]
+        found = [by_rank[rank][name] for rank in ranks]
+        flats = [plateau(one.lrs, one.finals) for one in found]
+        best = np.array([one.lrs[one.best] for one in found])
+        bars = np.array(
+            [best - [flat.low for flat in flats], np.array([flat.high for flat in flats]) - best]
+        )
+        # Side by side, so that the bars of two methods do not hide each other.
+        places = [rank * 1.04**number for rank in ranks]
+        axes.errorbar(
+            places, best, yerr=bars.clip(0), label=name, markersize=5, capsize=3, **_style(number)
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rank",
+        ylabel="best learning rate, bar: within 95 % of its gain",
+    )
+    axes.set_xticks(sorted(by_rank), [str(rank) for rank in sorted(by_rank)])
+    axes.minorticks_off()
+    axes.legend(fontsize=7, framealpha=0.6)
+    _save(figure, path)
+
+
+def plot_plane(
+    points: Mapping[str, Sequence[tuple[float, float]]], places: Mapping[str, int], path: Path
+) -> None:
+    """Likeness against prompts kept at the end; a line through the learning rates, the chosen one in full.
+
+    Args:
+        points: for each method (likeness, prompts kept) by learning rate, both as shares; "base model" alone.
+        places: of the chosen learning rate.
+        path: of the PNG.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 4.6))
+    for number, (name, found) in enumerate(points.items()):
+        style = {"color": "black", "marker": "+"} if name not in places else _style(number)
+        x, y = zip(*found, strict=True)
+        axes.plot(x, y, alpha=0.35, markersize=3, linewidth=0.8, **style)
+        place = places.get(name, 0)
+        axes.plot(x[place], y[place], label=name, linestyle="", markersize=9, **style)
+    axes.set(
+        xlabel="image similarity, share of the real pictures' to each other",
+        ylabel="prompt margin, share of the base model's",
+    )
+    axes.legend(fontsize=7, framealpha=0.6)
+    _save(figure, path)

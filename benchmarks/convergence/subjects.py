@@ -1,0 +1,203 @@
+"""What all trainings of a concept share: rows to train on, prompts, starts; made once, kept on a shelf."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.convergence.stacked import twin
+from dreamrie.diffusion.components import Components
+from dreamrie.diffusion.data import ConceptSet
+from dreamrie.diffusion.pipeline import ATTENTION_TARGETS, encode_prompts
+from dreamrie.diffusion.task import DreamBoothTask, denoising_target
+from dreamrie.fixed_rank import Point
+from dreamrie.loi import locally_optimal_init
+from dreamrie.lora import LoraPair, attach_lora
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PICTURES = ROOT / "examples" / "concepts"
+TOKEN, BATCH, LOI_BATCHES = "sks", 8, 32
+# Another worker that makes the same thing is waited for this long.
+PATIENCE_S = 60.0
+
+
+class Shelf:
+    """Tensors by name in a folder that all workers share; each is made by the first who needs it.
+
+    Args:
+        folder: exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """What lies there under a name; made first if nothing does."""
+        path = self._folder / f"{name}.pt"
+        if not path.is_file() and not self._is_mine(name):
+            until = time.monotonic() + PATIENCE_S
+            while not path.is_file() and time.monotonic() < until:
+                time.sleep(0.05)
+        if not path.is_file():
+            draft = self._folder / f"{name}.{os.getpid()}"
+            torch.save(make(), draft)
+            draft.replace(path)
+        return torch.load(path, weights_only=True)
+
+    def _is_mine(self, name: str) -> bool:
+        """Claim a name; False if another worker has."""
+        try:
+            (self._folder / f"{name}.claim").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Everything that a training on a concept with a seed sees, step by step.
+
+    Attributes:
+        noisy, target: (steps, batch, channels, height, width), input of the U-Net and what it has to predict.
+        timesteps: (steps, batch). prompts: (steps, batch), row of `text`.
+        text: (prompts, tokens, width), embeddings.
+    """
+
+    noisy: Tensor
+    target: Tensor
+    timesteps: Tensor
+    prompts: Tensor
+    text: Tensor
+
+
+def words_of(concept: str) -> str:
+    """A concept as it stands in prompts."""
+    return concept.replace("_", " ")
+
+
+class Subjects:
+    """Rows and starts of every concept.
+
+    Args:
+        components: the model, on the device of the trainings.
+        shelf: see there.
+        steps: length of a training.
+    """
+
+    def __init__(self, components: Components, shelf: Shelf, steps: int) -> None:
+        self.components, self._shelf, self._steps = components, shelf, steps
+        self._device = components.device
+
+    def task(self, unet: Any, pairs: list[LoraPair], concept: str, seed: int) -> DreamBoothTask:
+        """The library's task for a concept, with the settings of the demo."""
+        source = self.components
+        held = Components(**{**vars(source), "unet": unet})
+        pictures = ConceptSet(
+            PICTURES / concept,
+            f"a {TOKEN} {words_of(concept)}",
+            resolution=source.resolution,
+            center_crop=True,
+        )
+        task = DreamBoothTask(held, pairs, pictures, batch_size=BATCH, seed=seed)
+        # A task moves them off the accelerator; here they are needed all the time.
+        for part in (source.text_encoder, source.vae):
+            part.to(self._device)
+        return task
+
+    def rows(self, concept: str, seed: int) -> Rows:
+        """Rows of a training, on the processor."""
+        found = self._shelf.get(f"rows-{concept}-{seed}", lambda: self._make_rows(concept, seed))
+        return Rows(**found)
+
+    def _make_rows(self, concept: str, seed: int) -> dict[str, Tensor]:
+        task = self.task(self.components.unet, [], concept, seed)
+        texts = list(dict.fromkeys(task.concept.instance.prompts))
+        embedded = encode_prompts(self.components, texts).float()
+        parts: dict[str, list[Tensor]] = {
+            key: [] for key in ("noisy", "target", "timesteps", "prompts")
+        }
+        for step in range(1, self._steps + 1):
+            batch = task.batch(step, 0)
+            if any(mask is not None for mask in batch.masks):
+                raise SystemExit(f"{concept}: a stack has no masks, and a picture is transparent")
+            latents, noise = torch.stack(batch.latents), torch.stack(batch.noise)
+            scheduler = self.components.noise_scheduler
+            parts["noisy"].append(scheduler.add_noise(latents, noise, batch.timesteps))
+            parts["target"].append(
+                denoising_target(self.components, latents, noise, batch.timesteps)
+            )
+            parts["timesteps"].append(batch.timesteps)
+            distance = (batch.text.float()[:, None] - embedded[None]).flatten(2).abs().amax(2)
+            parts["prompts"].append(distance.argmin(1))
+        return {
+            "text": embedded.cpu(),
+            **{key: torch.stack(part).cpu() for key, part in parts.items()},
+        }
+
+    def start(self, concept: str, seed: int, rank: int, batches: int = LOI_BATCHES) -> list[Tensor]:
+        """Frames of the locally optimal start: u (out, r) and v (in, r) of every layer in turn."""
+        name = f"loi-{concept}-{seed}-{rank}-{batches}"
+        return self._shelf.get(name, lambda: self._make_start(concept, seed, rank, batches))
+
+    def _make_start(self, concept: str, seed: int, rank: int, batches: int) -> list[Tensor]:
+        unet = twin(self.components.unet)
+        pairs = attach_lora(unet, rank, ATTENTION_TARGETS, generator=generator_of(seed))
+        task = self.task(unet, pairs, concept, seed)
+        locally_optimal_init(
+            unet, pairs, task.model_loss, task.loi_batches(batches), generator=generator_of(seed)
+        )
+        # The columns as they were written: read as a point, equal singular values would leave them free to turn.
+        root = (0.1 / rank**0.5) ** 0.5
+        frames = [
+            frame.detach() / root
+            for pair in pairs
+            for frame in (pair.left_matrix()[:, :rank], pair.right_matrix()[:rank].T)
+        ]
+        return [frame.contiguous().cpu() for frame in frames]
+
+    def pairs(
+        self,
+        concept: str,
+        seed: int,
+        rank: int,
+        init: str,
+        alpha: float,
+        batches: int = LOI_BATCHES,
+    ) -> list[LoraPair]:
+        """Adapters at their start, on a U-Net of their own over the shared weights.
+
+        Args:
+            concept: folder of pictures.
+            seed: of the start.
+            rank: r.
+            init: `loi`, or as `attach_lora` takes it.
+            alpha: singular value of a start called loi or orthonormal; others have their own.
+            batches: of the locally optimal start.
+        """
+        pairs = attach_lora(
+            twin(self.components.unet),
+            rank,
+            ATTENTION_TARGETS,
+            init="orthonormal" if init == "loi" else init,
+            generator=generator_of(seed),
+            alpha=alpha if init in {"loi", "orthonormal"} else None,
+        )
+        if init == "loi":
+            frames = self.start(concept, seed, rank, batches)
+            for pair, u, v in zip(pairs, frames[::2], frames[1::2], strict=True):
+                size = torch.full((pair.rank,), alpha)
+                point = Point(*(part.to(pair.left.device) for part in (u, size, v)))
+                pair.set_start(point, anchored=True)
+        return pairs
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Random stream of a start, as the training script makes it."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,206 @@
+"""One cell: a training of each concept, all in one stack, scored on the way.
+
+The order of a step is that of the library's trainer: gradients, optimizer, schedule. Nothing is clipped, whatever the
+optimizer, and gradients are not searched for numbers that are not finite: a training that breaks draws blank pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from benchmarks.convergence.methods import Method, parse_method
+from benchmarks.convergence.plan import Cell, marks
+from benchmarks.convergence.records import BASE, Scores, as_units
+from benchmarks.convergence.scoring import Found, Judge
+from benchmarks.convergence.stacked import Bank, run_on_graph
+from benchmarks.convergence.subjects import BATCH, LOI_BATCHES, Rows, Subjects
+from dreamrie.errors import NumericalError
+from dreamrie.lora import LoraPair
+from dreamrie.optimizers import build_optimizer
+from dreamrie.trainer.control import schedule_factor
+
+# As the training script: a short warm-up, at most a tenth of the run.
+WARMUP_STEPS = 20
+_BROKEN = (NumericalError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+class OutOfTimeError(Exception):
+    """The deadline passed before the training was finished."""
+
+
+def setting_of(cell: Cell) -> tuple[str, float]:
+    """The changed setting of a cell and its value; ("", nan) without one."""
+    name, _, value = cell.setting.partition("=")
+    return name, float(value or "nan")
+
+
+class Rates:
+    """Optimizers of a stack on the schedule of the training script.
+
+    Args:
+        optimizers: one for each training.
+        steps: length of the trainings.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], steps: int) -> None:
+        self._optimizers, self._steps = list(optimizers), steps
+        # Every group keeps its own peak: LoRA+ has two.
+        self._peaks = [[group["lr"] for group in one.param_groups] for one in self._optimizers]
+        self._broken: set[int] = set()
+
+    def step(self, done: int) -> None:
+        """One step of every training that is not broken, after `done` steps."""
+        factor = schedule_factor("cosine", done, self._steps, min(WARMUP_STEPS, self._steps // 10))
+        for number, (one, peaks) in enumerate(zip(self._optimizers, self._peaks, strict=True)):
+            for group, peak in zip(one.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            if number not in self._broken:
+                try:
+                    one.step()
+                except _BROKEN:
+                    self._broken.add(number)
+
+
+class Stack:
+    """Trainings of several concepts side by side.
+
+    Args:
+        subjects: rows and starts.
+        judge: draws and scores.
+        steps: length of the trainings.
+        graphs: record a step once and repeat it, on a GPU.
+    """
+
+    def __init__(self, subjects: Subjects, judge: Judge, steps: int, graphs: bool) -> None:
+        self._subjects, self._judge, self._steps, self._graphs = subjects, judge, steps, graphs
+
+    def base(self, concept: str) -> list[int]:
+        """Scores of the base model, see `records.BASE`."""
+        (found,) = self._judge(self._subjects.components.unet, [concept])
+        if found is None:
+            raise SystemExit(f"the base model draws blank pictures of {concept}")
+        ceiling = self._judge.ceiling(concept)
+        return [as_units(getattr(found, name, ceiling)) for name in BASE]
+
+    def run(self, cell: Cell, concepts: Sequence[str], deadline: float) -> dict[str, Scores]:
+        """Train and score.
+
+        Args:
+            cell: method, rank, learning rate, seed, setting.
+            concepts: one training each.
+            deadline: of `time.time`, when to give up.
+
+        Returns:
+            Scores by concept, see `records.Scores`.
+
+        Raises:
+            OutOfTimeError: the deadline came first.
+        """
+        method = parse_method(cell.method)
+        components = self._subjects.components
+        home = components.device if method.is_elementwise else torch.device("cpu")
+        runs = [self._pairs(method, cell, concept) for concept in concepts]
+        bank = Bank(components.unet, runs, home)
+        # Those that never give up step all trainings in one go; numbers are no others for it.
+        parts = [[pair for pairs in runs for pair in pairs]] if method.is_elementwise else runs
+        rates = Rates([self._optimizer(method, cell, pairs) for pairs in parts], self._steps)
+        learn = Learning(bank, [self._subjects.rows(c, cell.seed) for c in concepts], self._graphs)
+        found: list[list[Found | None]] = []
+        for step in range(1, self._steps + 1):
+            learn(step)
+            bank.pull()
+            rates.step(step - 1)
+            bank.push()
+            if step == 1:
+                bank.check_in_place()
+            if step in marks(self._steps):
+                found.append(self._judge(bank.unet, concepts))
+                bank.unet.train()
+            if time.time() > deadline and step < self._steps:
+                raise OutOfTimeError
+        del learn, bank
+        if components.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {name: _scores([row[k] for row in found]) for k, name in enumerate(concepts)}
+
+    def _pairs(self, method: Method, cell: Cell, concept: str) -> list[LoraPair]:
+        """Adapters of one training at their start."""
+        name, value = setting_of(cell)
+        rank, alpha = cell.rank * method.width, method.start_scale(cell.rank, cell.lr)
+        return self._subjects.pairs(
+            concept,
+            cell.seed,
+            rank,
+            method.init,
+            alpha * (value if name == "alpha" else 1.0),
+            int(value) if name == "batches" else LOI_BATCHES,
+        )
+
+    @staticmethod
+    def _optimizer(method: Method, cell: Cell, pairs: Sequence[LoraPair]) -> Optimizer:
+        name, value = setting_of(cell)
+        return build_optimizer(
+            method.optimizer,
+            pairs,
+            lr=cell.lr,
+            weight_decay=value if name == "decay" else 0.0,
+            momentum=value if name == "momentum" else None,
+        )
+
+
+class Learning:
+    """Gradients of every training of a stack for one step after the other.
+
+    The loss of a training is the task's: the mean over its rows of the mean squared error of the U-Net.
+
+    Args:
+        bank: factors and U-Net.
+        rows: of each training.
+        graphs: record the step, on a GPU.
+    """
+
+    def __init__(self, bank: Bank, rows: Sequence[Rows], graphs: bool) -> None:
+        device = bank.values.device
+        self._bank, self._runs = bank, len(rows)
+        bank.unet.train()
+        first = [sum(len(part.text) for part in rows[:run]) for run in range(len(rows))]
+        self._text = torch.cat([part.text for part in rows]).to(device)
+        numbers = [part.prompts + start for part, start in zip(rows, first, strict=True)]
+        # Rows of a step: those of the first training, then those of the second, and so on.
+        self._all = [
+            torch.cat(parts, dim=1).to(device)
+            for parts in (
+                [part.noisy for part in rows],
+                [part.target for part in rows],
+                [part.timesteps for part in rows],
+                numbers,
+            )
+        ]
+        self._now = [part[0].clone() for part in self._all]
+        self._work = run_on_graph(self._gradients, device, graphs)
+
+    def _gradients(self) -> None:
+        noisy, target, timesteps, numbers = self._now
+        self._bank.gradients.zero_()
+        output = self._bank.unet(noisy, timesteps, encoder_hidden_states=self._text[numbers]).sample
+        errors = (output - target).square().flatten(1).mean(1)
+        (errors.sum() / BATCH).backward()
+
+    def __call__(self, step: int) -> None:
+        """Fill the bank's gradients with those of step 1, 2, ..."""
+        for now, every in zip(self._now, self._all, strict=True):
+            now.copy_(every[step - 1])
+        self._work()
+
+
+def _scores(found: Sequence[Found | None]) -> Scores:
+    """Scores of one training as they are kept."""
+    values = [
+        value for one in found for value in ((one.image, one.margin) if one else (None, None))
+    ]
+    values.append(found[-1].text if found[-1] else None)
+    return [None if value is None else as_units(value) for value in values]

@@ -1,0 +1,253 @@
+"""The plan of the convergence bench, its jobs and its records: what is trained first, and that nothing is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.convergence import pool
+from benchmarks.convergence.__main__ import cells_of, make_parser
+from benchmarks.convergence.methods import DEFAULT, Method, grid, grid_of, parse_method
+from benchmarks.convergence.plan import (
+    CONCEPTS,
+    RANKS,
+    SEEDS,
+    TEST,
+    TUNING,
+    Cell,
+    marks,
+    missing,
+    plan,
+    sweep_plan,
+)
+from benchmarks.convergence.pool import jobs_of
+from benchmarks.convergence.records import Records, read_records
+from benchmarks.convergence.subjects import PICTURES, Shelf
+from benchmarks.convergence.training import OutOfTimeError
+
+
+def test_every_concept_is_either_tuned_on_or_tested_on() -> None:
+    assert sorted(CONCEPTS) == sorted(path.name for path in PICTURES.iterdir())
+    assert not set(TUNING) & set(TEST)
+    assert "pumpkin" in TUNING  # the demo was tuned on it
+
+
+def test_a_grid_covers_two_decades_from_its_middle_outwards() -> None:
+    assert grid(1e-2, 5) == [1e-2, 3.16e-2, 3.16e-3, 1e-1, 1e-3]
+    seven = grid(1.0)
+    assert len(seven) == 7
+    assert (min(seven), max(seven)) == (0.1, 10.0)
+    assert grid(3.0, 1) == [3.0]
+
+
+def test_names_of_methods() -> None:
+    """Optimizer, twice the rank, start: the usual start where none is named."""
+    assert parse_method("riemannion") == Method("riemannion", "riemannion", "loi", 1)
+    assert parse_method("adamw-2r") == Method("adamw-2r", "adamw", "default", 2)
+    assert parse_method("adamw-2r+pissa") == Method("adamw-2r+pissa", "adamw", "pissa", 2)
+    # 0.1 / sqrt(4) = 0.05, and ten steps of 0.02 are more.
+    assert parse_method("riemannion").start_scale(4, 0.001) == pytest.approx(0.05)
+    assert parse_method("riemannion").start_scale(4, 0.02) == pytest.approx(0.2)
+    assert parse_method("adamw+loi").start_scale(4, 0.02) == pytest.approx(0.05)
+    assert grid_of(parse_method("adamw"), {"adamw": 0.5}, 1) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adam", "no optimizer 'adam'"),
+        ("adamw+eva", "wants the start 'eva'"),
+        ("riemannion+default", "cannot go on from"),
+        ("lorafa+loi", "cannot go on from"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(name: str, words: str) -> None:
+    with pytest.raises(SystemExit, match=words):
+        parse_method(name)
+
+
+def test_a_plan_that_is_cut_short_is_balanced() -> None:
+    """Main rank first, all its seeds; then the other ranks, all of them for each seed; the middle of the grid first."""
+    cells = plan(["adamw", "riemannion+loi"], (4, 2, 8), (0, 1), grid=3)
+    assert len(cells) == len(set(cells)) == 2 * 3 * 3 * 2
+    stages = list(dict.fromkeys((cell.rank, cell.seed) for cell in cells))
+    assert stages == [(4, 0), (4, 1), (2, 0), (8, 0), (2, 1), (8, 1)]
+    assert [(cell.method, cell.lr) for cell in cells[:6]] == [
+        ("adamw", 1e-3),
+        ("riemannion+loi", 1e-2),
+        ("adamw", 1e-2),
+        ("riemannion+loi", 1e-1),
+        ("adamw", 1e-4),
+        ("riemannion+loi", 1e-3),
+    ]
+    rates = {(c.rank, c.seed): {d.lr for d in cells if d[1:4:2] == (c.rank, c.seed)} for c in cells}
+    assert len(set(map(frozenset, rates.values()))) == 1
+
+
+def test_marks_are_where_the_curve_is_read() -> None:
+    assert marks(400) == [50, 100, 150, 200, 300, 400]
+    assert marks(4) == [1, 2, 3, 4]
+
+
+def test_only_what_is_missing_is_done() -> None:
+    first, second = plan(["adamw"], (4,), (0, 1), grid=1)
+    done = {first: {"owl": [1], "robot": [1]}, second: {"owl": [1]}}
+    assert missing([first, second], ("owl", "robot"), done) == [(second, ("robot",))]
+
+
+def test_shared_things_are_made_once_before_the_first_stack_that_needs_them() -> None:
+    cells = plan(["adamw", "riemannion+loi"], (4, 2), (0,), grid=3)
+    jobs = list(jobs_of([(cell, ("owl", "robot")) for cell in cells]))
+    shared = [(job.kind, job.cell.rank, job.cell.seed, job.concepts) for job in jobs[:4]]
+    assert sorted(shared) == [
+        ("rows", 4, 0, ("owl",)),
+        ("rows", 4, 0, ("robot",)),
+        ("start", 4, 0, ("owl",)),
+        ("start", 4, 0, ("robot",)),
+    ]
+    assert [job.cell for job in jobs if job.kind == "cell"] == cells
+    later = [job for job in jobs[4:] if job.kind != "cell"]
+    assert [(job.kind, job.cell.rank) for job in later] == [("start", 2), ("start", 2)]
+    assert [job.kind for job in jobs].index("cell") == 4
+    parts = [job.concepts for job in jobs_of([(cells[0], ("owl", "robot", "teapot"))], 2)]
+    assert parts[-2:] == [("owl", "robot"), ("teapot",)]
+
+
+def test_a_sweep_changes_one_setting_on_tuning_concepts() -> None:
+    cells = sweep_plan("momentum", 4, (0, 1), 2e-2)
+    assert {cell[:3] for cell in cells} == {("riemannion+loi", 4, 2e-2)}
+    assert [cell.setting for cell in cells[:3]] == ["momentum=0", "momentum=0.5", "momentum=0.8"]
+    options = make_parser().parse_args(
+        ["run", "--sweep", "batches", "--seeds", "0", "--ranks", "8"]
+    )
+    assert [cell.setting for cell in cells_of(options)] == [
+        "batches=1",
+        "batches=4",
+        "batches=16",
+        "batches=32",
+        "batches=128",
+    ]
+    starts = [job for job in jobs_of([(cell, ("owl",)) for cell in cells_of(options)])]
+    assert sum(job.kind == "start" for job in starts) == 5
+
+
+def test_the_usual_command_is_the_whole_plan() -> None:
+    cells = cells_of(make_parser().parse_args(["run"]))
+    assert len(cells) == len(DEFAULT) * 7 * len(RANKS) * len(SEEDS)
+    with pytest.raises(SystemExit, match="odd"):
+        cells_of(make_parser().parse_args(["run", "--grid", "6"]))
+    with pytest.raises(SystemExit, match="names no method"):
+        cells_of(make_parser().parse_args(["run", "--centre", "muon=1"]))
+
+
+def _full(facts: dict[str, object]) -> Records:
+    """The whole usual plan, with four digits a number."""
+    found = Records(facts, {name: [4321, 4321, 4321, 8765] for name in CONCEPTS})
+    for cell in plan(DEFAULT, RANKS, SEEDS):
+        found.add(cell, {name: [4321] * 13 for name in CONCEPTS})
+    return found
+
+
+def test_records_come_back_and_stay_small(tmp_path: Path) -> None:
+    records = _full({"steps": 400, "marks": marks(400)})
+    cell = Cell("adamw", 4, 1e-3, 0, "decay=0.1")
+    records.add(cell, {"owl": [1, None]})
+    records.add(cell, {"robot": [2, 3]})
+    path = tmp_path / "new" / "convergence.json"
+    records.write(path)
+    assert read_records([path]) == records
+    assert records.cells[cell] == {"owl": [1, None], "robot": [2, 3]}
+    assert path.stat().st_size < 300_000
+    assert read_records([tmp_path / "none.json"]) == Records()
+
+
+def test_trainings_of_other_lengths_do_not_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "convergence.json"
+    Records({"steps": 400}).write(path)
+    with pytest.raises(SystemExit, match="steps 400, now 200"):
+        read_records([path]).expect({"steps": 200}, path)
+    again = read_records([path])
+    again.expect({"steps": 400, "pictures": 22}, path)
+    assert again.facts == {"steps": 400, "pictures": 22}
+
+
+def test_what_lies_on_the_shelf_is_not_made_again(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> list[int]:
+        made.append(1)
+        return [7]
+
+    assert Shelf(tmp_path).get("seven", make) == [7]
+    assert Shelf(tmp_path).get("seven", make) == [7]
+    assert len(made) == 1
+
+
+class _Slow:
+    """Stands for a stack: trains until the deadline, or fails."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def run(self, cell: Cell, concepts: tuple[str, ...], deadline: float) -> dict[str, list[int]]:
+        if self.error is not None:
+            raise self.error
+        return {name: [1] for name in concepts}
+
+
+def _worker(error: BaseException | None, deadline: float = float("inf")) -> pool._Worker:
+    worker = object.__new__(pool._Worker)
+    worker.order = pool.Order("cpu", 400, 22, ("owl",), True, deadline, Path())
+    worker.facts, worker.known, worker.stack = {"steps": 400}, {}, _Slow(error)  # type: ignore[assignment]
+    return worker
+
+
+JOB = pool.Job("cell", Cell("adamw", 4, 1e-3, 0), ("owl",))
+
+
+def test_a_worker_does_what_there_is_time_for() -> None:
+    """Done; given up half-way; not begun after the deadline, or where it took longer the last time."""
+    assert _worker(None)(JOB).content == {"owl": [1]}
+    assert _worker(OutOfTimeError())(JOB)[1:] == (None, pytest.approx(0, abs=1), {"steps": 400}, "")
+    assert _worker(None, deadline=0.0)(JOB).content is None
+    hurried = _worker(None, deadline=time.time() + 50)
+    assert hurried(JOB).content is not None
+    hurried.known["adamw", 4] = 100.0
+    assert hurried(JOB).content is None
+
+
+@pytest.mark.parametrize("error", [ValueError("no such thing"), SystemExit("no such thing")])
+def test_what_fails_is_told_and_the_worker_lives(error: BaseException) -> None:
+    """An exit would take the worker along, and its parent would wait for ever."""
+    found = _worker(error)(JOB)
+    assert found.content is None
+    assert "no such thing" in found.failure
+
+
+def test_a_worker_that_cannot_start_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_settle", lambda: None)
+    monkeypatch.setattr(pool, "_WORKERS", [])
+    pool.start_worker(pool.Order("nonsense", 400, 22, ("owl",), True, 0.0, tmp_path))
+    assert "nonsense" in pool.work(JOB).failure
+
+
+def test_workers_that_do_not_answer_are_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    class Results:
+        """One outcome, then silence."""
+
+        count = 0
+
+        def next(self, left: float | None) -> str:
+            self.count += 1
+            if self.count > 1:
+                assert left is not None
+                raise multiprocessing.TimeoutError
+            return "one"
+
+    assert list(pool._until(Results(), time.time() + 5)) == ["one"]
+    assert "given up" in capsys.readouterr().out

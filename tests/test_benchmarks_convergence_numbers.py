@@ -1,0 +1,189 @@
+"""The numbers of the convergence bench against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.convergence.gains import (
+    Series,
+    combined,
+    common_units,
+    draws,
+    gains,
+    interval,
+    series,
+)
+from benchmarks.convergence.plan import Cell
+from benchmarks.convergence.records import Records
+from benchmarks.convergence.report import draw_and_print, plane
+from benchmarks.convergence.targets import plateau, rows, steps_to, transfer
+
+# Image similarity 0.4 of 0.8, prompts followed: shares 0.5 and 1, harmonic mean 2/3.
+BASE = [4000, 3000, 5000, 8000]
+ZERO = 2 / 3
+
+
+def test_the_combined_score_is_the_harmonic_mean_of_two_shares() -> None:
+    assert combined(0.4, 0.3, 0.8, 0.3) == pytest.approx(ZERO)
+    assert combined(0.8, 0.15, 0.8, 0.3) == pytest.approx(2 / 3)
+    # Neither share counts for more than 1, and one that is lost takes everything.
+    assert combined(0.9, 0.6, 0.8, 0.3) == 1.0
+    assert combined(0.8, -0.1, 0.8, 0.3) == 0.0
+    assert combined(-0.1, -0.1, 0.8, 0.3) == 0.0
+
+
+def test_gains_begin_at_the_base_model_and_a_blank_picture_gains_nothing() -> None:
+    # Shares 0.75 and 1: 6/7; then broken; then 0.75 and 0.5: 0.6.
+    found = gains([6000, 3000, None, None, 6000, 1500, 4000], BASE)
+    assert found == pytest.approx([0.0, 6 / 7 - ZERO, 0.0, 0.6 - ZERO])
+
+
+def test_steps_to_a_level_lie_on_straight_lines() -> None:
+    steps = [0, 100, 200, 400]
+    assert steps_to(0.05, steps, [0.0, 0.1, 0.2, 0.3]) == pytest.approx(50)
+    assert steps_to(0.25, steps, [0.0, 0.1, 0.2, 0.3]) == pytest.approx(300)
+    # The first time counts, and what was never reached is infinitely far.
+    assert steps_to(0.15, steps, [0.0, 0.2, 0.1, 0.3]) == pytest.approx(75)
+    assert steps_to(0.4, steps, [0.0, 0.1, 0.2, 0.3]) == math.inf
+    assert steps_to(0.0, steps, [0.0, 0.1, 0.2, 0.3]) == 0
+
+
+def test_a_plateau_is_where_the_gain_is_within_five_percent() -> None:
+    # From 1.0 to 0.9 over one decade: 0.95 is half way, on either side.
+    flat = plateau([0.1, 1.0, 10.0], [0.9, 1.0, 0.9])
+    assert flat.low == pytest.approx(10**-0.5)
+    assert flat.high == pytest.approx(10**0.5)
+    assert flat.decades == pytest.approx(1.0)
+    assert not flat.is_open
+    # A second hill does not count: between them it falls below.
+    assert plateau([0.1, 1.0, 10.0, 100.0], [1.0, 0.9, 0.99, 0.0]).high == pytest.approx(10**-0.5)
+    # The end of the grid may not be the end of the plateau.
+    wide = plateau([0.1, 1.0, 10.0], [0.96, 1.0, 0.5])
+    assert wide.is_open
+    assert (wide.low, wide.high) == (0.1, pytest.approx(10**0.1))
+    assert plateau([0.1, 1.0], [-0.2, -0.1]).decades == 0
+
+
+def _series(*finals: float, lrs: tuple[float, ...] = (0.1, 1.0, 10.0)) -> Series:
+    """One unit, one mark."""
+    return Series(list(lrs), [("owl", 0)], np.array([[[0.0, value]] for value in finals]))
+
+
+def test_one_learning_rate_for_all_ranks_is_judged_by_its_worst_rank() -> None:
+    ranks = {2: _series(0.5, 0.9, 1.0), 4: _series(0.8, 2.0, 1.0), 8: _series(0.2, 0.38, 0.4)}
+    found = transfer(ranks)
+    # 1.0 keeps 0.9, 1 and 0.95; 10 keeps 1, 0.5 and 1.
+    assert found.lr == 1.0
+    assert found.share == pytest.approx(0.9)
+    assert transfer({2: _series(0.5, 0.9, 1.0), 4: _series(-1.0, 0.0, -1.0)}).share == 0.0
+
+
+def test_draws_take_concepts_and_seeds_as_wholes() -> None:
+    """A unit's weight is the product of how often its concept and its seed were drawn."""
+    units = [(concept, seed) for concept in ("owl", "robot", "teapot") for seed in (0, 1)]
+    weights = draws(units, 500)
+    assert weights.shape == (500, 6)
+    assert weights.sum(1) == pytest.approx(np.ones(500))
+    table = weights.reshape(500, 3, 2)
+    assert table == pytest.approx(table.sum(2)[:, :, None] * table.sum(1)[:, None, :])
+    assert weights.mean(0) == pytest.approx(np.full(6, 1 / 6), abs=0.02)
+    assert {round(3 * value) for value in table.sum(2)[:, 0]} == {0, 1, 2, 3}
+
+
+def test_an_interval_holds_the_middle_and_takes_infinities() -> None:
+    assert interval([float(n) for n in range(41)]) == (1.0, 39.0)
+    assert interval([1.0] * 20 + [math.inf] * 20) == (1.0, math.inf)
+
+
+def _records(
+    curves: dict[str, dict[float, list[float]]], seeds: tuple[int, ...] = (0, 1)
+) -> Records:
+    """Trainings with these gains on two tuning and two test concepts: prompts kept, so the gain says the likeness."""
+    concepts = ("pumpkin", "owl", "robot", "teapot")
+    found = Records({"marks": [100, 200]}, {name: BASE for name in concepts})
+    for method, rates in curves.items():
+        for lr, curve in rates.items():
+            for seed in seeds:
+                scores: list[int | None] = []
+                for gain in curve:
+                    score = ZERO + gain
+                    scores += [round(8000 * score / (2 - score)), 3000]
+                found.add(Cell(method, 4, lr, seed), {name: [*scores, 5000] for name in concepts})
+    return found
+
+
+CURVES = {
+    "adamw": {0.1: [0.0, 0.0], 1.0: [0.05, 0.1], 10.0: [0.0, 0.0]},
+    "riemannion+loi": {0.1: [0.1, 0.12], 1.0: [0.2, 0.2], 10.0: [0.1, 0.12]},
+}
+
+
+def test_a_cut_short_seed_is_left_out() -> None:
+    records = _records(CURVES)
+    methods = ["adamw", "riemannion+loi"]
+    assert len(common_units(records, 4, methods)) == 8
+    del records.cells[Cell("adamw", 4, 10.0, 1)]["owl"]
+    units = common_units(records, 4, methods)
+    assert [seed for _, seed in units] == [0, 0, 0, 0]
+    one = series(records, "adamw", 4, units)
+    assert one.lrs == [0.1, 1.0, 10.0]
+    assert one.finals == pytest.approx([0, 0.1, 0], abs=1e-4)
+    assert one.only({"owl"}).values.shape == (3, 1, 3)
+    # Without any complete seed a learning rate is not there, and the others have both seeds again.
+    del records.cells[Cell("adamw", 4, 10.0, 0)]["owl"]
+    units = common_units(records, 4, methods)
+    assert len(units) == 8
+    assert series(records, "adamw", 4, units).lrs == [0.1, 1.0]
+
+
+def test_the_promises_of_made_up_curves() -> None:
+    """AdamW reaches 0.1 after 200 steps, the other after 50; a gain of 0.1 more; no spread, so no width."""
+    records = _records(CURVES)
+    units = common_units(records, 4, list(CURVES))
+    both = {name: series(records, name, 4, units) for name in CURVES}
+    rival, ours = rows(both, both, [0, 100, 200])
+    assert rival.against is None
+    assert rival.speed == pytest.approx((1.0, 1.0, 1.0))
+    assert ours.lr == 1.0
+    assert not ours.at_edge
+    assert ours.steps == pytest.approx(50, abs=0.1)
+    assert ours.speed == pytest.approx((0.25, 0.25, 0.25), abs=1e-3)
+    assert ours.against == pytest.approx((0.1, 0.1, 0.1), abs=2e-4)
+    assert ours.curve == pytest.approx(np.array([[0, 0.2, 0.2]] * 3), abs=1e-4)
+    # Five percent are lost after 0.01/0.08 and 0.005/0.1 of a decade, on either side.
+    assert ours.flat.decades == pytest.approx(0.25, abs=2e-3)
+    assert ours.widths == pytest.approx((2.5, 2.5, 2.5), abs=0.02)
+
+
+def test_the_learning_rate_is_chosen_on_tuning_concepts_alone() -> None:
+    tuning, test = _series(1.0, 0.5, 0.0), _series(0.2, 0.4, 0.6)
+    (row,) = rows({"muon": tuning}, {"muon": test}, [0, 100])
+    assert (row.lr, row.at_edge) == (0.1, True)
+    assert row.gain[0] == pytest.approx(0.2)
+    assert row.speed is None
+
+
+def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = _records(CURVES)
+    for cell, scores in _records({"riemannion+loi": CURVES["riemannion+loi"]}).cells.items():
+        records.add(cell._replace(rank=8), scores)
+    records.add(Cell("riemannion+loi", 4, 1.0, 0, "decay=1"), {"owl": [6000, 3000, 5000]})
+    units = common_units(records, 4, list(CURVES))
+    points = plane(records, {name: series(records, name, 4, units) for name in CURVES}, 4)
+    assert points["base model"] == [(0.5, 1.0)]
+    assert points["adamw"][0] == pytest.approx((0.5, 1.0), abs=1e-3)
+    draw_and_print(records, 4, tmp_path)
+    said = capsys.readouterr().out
+    assert "over adamw's own: 0.25 [0.25 0.25]; target at most 0.33: reached" in said
+    assert "over adamw's: 2.50 [2.50 2.50]; target at least 4: MISSED" in said
+    assert "riemannion+loi: lr 1 keeps 100.0% of the best gain at its worst of ranks 4, 8" in said
+    assert "decay=1" in said
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sorted(sizes) == [
+        f"convergence-{name}.png" for name in ("plane", "ranks", "rates", "steps")
+    ]
+    assert max(sizes.values()) < 200_000
