@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dreamrie.diffusion.model_card import write_card
+from dreamrie.run_folder import is_of_texts
 
 HELP = "write README.md, the model card, into the folder of a run"
 
@@ -32,5 +32,11 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         0. What cannot be read or written is an error.
     """
-    sys.stdout.write(f"wrote {write_card(options.run_folder)}\n")
+    folder: Path = options.run_folder
+    # Either kind of run needs libraries that the other does without.
+    if is_of_texts(folder):
+        from dreamrie.llm.card import write_card
+    else:
+        from dreamrie.diffusion.model_card import write_card
+    sys.stdout.write(f"wrote {write_card(folder)}\n")
     return 0

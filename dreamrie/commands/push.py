@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dreamrie.diffusion.hub import push
+from dreamrie.run_folder import is_of_texts
 
 HELP = "push the adapter, the model card and its pictures to the Hub"
 
@@ -38,5 +38,11 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         0. What cannot be pushed is an error.
     """
-    sys.stdout.write(f"pushed to {push(options.run_folder, options.hub_model_id)}\n")
+    folder: Path = options.run_folder
+    # Either kind of run needs libraries that the other does without.
+    if is_of_texts(folder):
+        from dreamrie.llm.card import push
+    else:
+        from dreamrie.diffusion.hub import push
+    sys.stdout.write(f"pushed to {push(folder, options.hub_model_id)}\n")
     return 0

@@ -4,6 +4,7 @@
     LLM-Adapters   {"instruction": ..., "input": "", "output": "the correct answer is true", "answer": "true"}
     messages       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 
+"datasets:NAME" names a data set on the Hub, see `dreamrie.llm.hub_rows`.
 A file holds one object a line, or one JSON list of objects; the layout of each object is known by its columns.
 """
 
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dreamrie.errors import ConfigError
-from dreamrie.llm.templates import FORMS, Turn, ask
+from dreamrie.llm.hub_rows import MARK, load_rows, parse
+from dreamrie.llm.templates import FORMS, Answers, Turn, ask
 
 SUFFIXES = (".jsonl", ".json")
 _ROLES = {"system", "user", "assistant"}
@@ -56,15 +58,17 @@ def read_examples(
     flag: str = "--data",
     tasks: Sequence[str] = (),
     rows_per_task: int | None = None,
+    answers: Answers = "name",
 ) -> list[Example]:
     """Read files and folders in the order given.
 
     Args:
-        places: paths of files, or of folders that hold TASK.SPLIT.jsonl.
+        places: paths of files, or of folders that hold TASK.SPLIT.jsonl; or data sets on the Hub.
         split: "train" or "test".
         flag: setting that names the places, for messages.
         tasks: use only rows of these; empty: all.
         rows_per_task: use only the first so many rows of each.
+        answers: of commonsense rows, see `dreamrie.llm.templates.ask`.
 
     Returns:
         At least one example.
@@ -75,14 +79,13 @@ def read_examples(
     found: list[Example] = []
     counts: dict[str, int] = {}
     for place in places:
-        for file in _files(Path(place).expanduser(), split, flag):
-            for example in _rows(file, flag):
-                number = counts.get(example.task, 0)
-                counts[example.task] = number + 1
-                if (not tasks or example.task in tasks) and (
-                    rows_per_task is None or number < rows_per_task
-                ):
-                    found.append(example)
+        for example in _of_place(place, split, flag, answers):
+            number = counts.get(example.task, 0)
+            counts[example.task] = number + 1
+            if (not tasks or example.task in tasks) and (
+                rows_per_task is None or number < rows_per_task
+            ):
+                found.append(example)
     absent = sorted(set(tasks) - set(counts))
     if absent:
         raise ConfigError(
@@ -100,6 +103,18 @@ def read_examples(
 def _wrong(what: str, where: str, remedy: str) -> ConfigError:
     """Three lines: what, where, what to do."""
     return ConfigError(f"{what}\n  where: {where}\n  what to do: {remedy}")
+
+
+def _of_place(place: str, split: str, flag: str, answers: Answers) -> Iterator[Example]:
+    """Rows of a path, or of a data set on the Hub."""
+    if not place.startswith(MARK):
+        for file in _files(Path(place).expanduser(), split, flag):
+            yield from _rows(file, flag, answers)
+        return
+    name = Path(parse(place, flag).name)
+    for number, row in enumerate(load_rows(place, split, flag), start=1):
+        where = f"{name.name} row {number}"
+        yield _example(row, name, where, f"{flag} {place}, row {number}", answers)
 
 
 def _files(place: Path, split: str, flag: str) -> list[Path]:
@@ -124,7 +139,7 @@ def _files(place: Path, split: str, flag: str) -> list[Path]:
     return [place]
 
 
-def _rows(file: Path, flag: str) -> Iterator[Example]:
+def _rows(file: Path, flag: str, answers: Answers) -> Iterator[Example]:
     """All rows of a file."""
     where = f"{flag} {file}"
     try:
@@ -144,7 +159,7 @@ def _rows(file: Path, flag: str) -> Iterator[Example]:
                 f"{where}, row {number}",
                 f"give each row the columns {_LAYOUTS}",
             )
-        yield _example(row, file.name.split(".")[0], place, f"{where}, row {number}")
+        yield _example(row, file, place, f"{where}, row {number}", answers)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -155,14 +170,17 @@ def _parsed(text: str, where: str) -> Any:
         raise _wrong(f"it is not JSON: {error}", where, "give one JSON object a line") from error
 
 
-def _example(row: Mapping[str, Any], stem: str, place: str, where: str) -> Example:
+def _example(
+    row: Mapping[str, Any], file: Path, place: str, where: str, answers: Answers
+) -> Example:
     """One row, by the layout that its columns show."""
+    stem = file.name.split(".")[0]
     if "messages" in row:
         return _from_messages(row, stem, place, where)
     if "instruction" in row and "output" in row:
         return _from_instruction(row, stem, place, where)
     if {"task", "choices", "answer"} <= set(row):
-        return _from_choices(row, place, where)
+        return _from_choices(row, place, where, answers)
     raise _wrong(
         f"the columns are {', '.join(sorted(map(str, row))) or 'none'}",
         where,
@@ -179,7 +197,7 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     return value
 
 
-def _from_choices(row: Mapping[str, Any], place: str, where: str) -> Example:
+def _from_choices(row: Mapping[str, Any], place: str, where: str, answers: Answers) -> Example:
     """A commonsense row."""
     task, choices, answer = row["task"], row["choices"], row["answer"]
     if task not in FORMS:
@@ -188,7 +206,8 @@ def _from_choices(row: Mapping[str, Any], place: str, where: str) -> Example:
         )
     texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     # Equal choices can be told apart by their number, but not where the choice itself is the answer.
-    if not texts or len(choices) < 2 or (FORMS[task].choice is None and len(set(choices)) < 2):
+    unnamed = answers == "text" or FORMS[task].choice is None
+    if not texts or len(choices) < 2 or (unnamed and len(set(choices)) < 2):
         raise _wrong(
             f"column choices is {choices!r}", where, "give a list of at least two different texts"
         )
@@ -200,8 +219,8 @@ def _from_choices(row: Mapping[str, Any], place: str, where: str) -> Example:
     needed |= {label[1:-1] for label, _ in FORMS[task].fields if label.startswith("{")}
     for column in sorted(needed):
         _text(row, column, where)
-    turns, answers = ask(row)
-    return Example(turns, answers[answer], answers, task, place)
+    turns, said = ask(row, answers)
+    return Example(turns, said[answer], said, task, place)
 
 
 def _from_instruction(row: Mapping[str, Any], stem: str, place: str, where: str) -> Example:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from dreamrie.errors import ConfigError
 from dreamrie.llm.data import Example
-from dreamrie.llm.encoding import Encoder
+from dreamrie.llm.encoding import Encoded, Encoder
 from dreamrie.llm.task import collate, token_losses
 
 Method = Literal["likelihood", "generation"]
@@ -89,6 +89,25 @@ def _student(freedom: int) -> float:
     )
 
 
+def check_choices(examples: Sequence[Example]) -> None:
+    """Refuse rows that no accuracy can be measured on.
+
+    Args:
+        examples: any.
+
+    Raises:
+        ConfigError: one has no choices.
+    """
+    for example in examples:
+        if not example.choices:
+            raise ConfigError(
+                "accuracy needs choices, and this row has none\n"
+                f"  where: {example.where}\n"
+                "  what to do: give rows with task, choices and answer, or LLM-Adapters' rows whose instruction ends "
+                "with an answer format"
+            )
+
+
 @torch.no_grad()
 def choose(
     model: Any,
@@ -113,14 +132,7 @@ def choose(
     Raises:
         ConfigError: an example has no choices, or does not fit into the context.
     """
-    for example in examples:
-        if not example.choices:
-            raise ConfigError(
-                "accuracy needs choices, and this row has none\n"
-                f"  where: {example.where}\n"
-                "  what to do: give rows with task, choices and answer, or LLM-Adapters' rows whose instruction ends "
-                "with an answer format"
-            )
+    check_choices(examples)
     # Questions of like length together: less of a batch is padding, and the answers do not depend on it.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].turns[-1][1]))
     answers: list[int | None] = [None] * len(examples)
@@ -156,14 +168,48 @@ def _device(model: Any) -> torch.device:
 
 def _by_likelihood(model: Any, encoder: Encoder, examples: Sequence[Example]) -> list[int | None]:
     """Log-probability of every choice's whole answer."""
-    encoded = [
-        encoder.encode_choice(example, choice) for example in examples for choice in example.choices
-    ]
-    batch = collate(encoded, device=_device(model))
-    sums = torch.zeros(len(encoded), dtype=torch.float64)
-    sums.index_add_(0, batch.rows.cpu(), -token_losses(model, batch).double().cpu())
-    parts = sums.split([len(example.choices) for example in examples])
-    return [int(part.argmax()) for part in parts]
+    values = log_probabilities(model, [encode_choices(encoder, example) for example in examples])
+    return [each.index(max(each)) for each in values]
+
+
+def encode_choices(encoder: Encoder, example: Example) -> list[Encoded]:
+    """A question with each of its choices as the answer.
+
+    Args:
+        encoder: writes the prompt.
+        example: with choices.
+
+    Returns:
+        One for each choice. Errors are those of `Encoder.encode_choice`.
+    """
+    return [encoder.encode_choice(example, choice) for choice in example.choices]
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Any, questions: Sequence[Sequence[Encoded]], *, batch_size: int | None = None
+) -> list[list[float]]:
+    """Log-probability of the whole answer behind the prompt, for every choice of every question.
+
+    Args:
+        model: in eval mode.
+        questions: from `encode_choices`.
+        batch_size: questions at a time; None: all. Questions of like length share a batch, and what shares one changes
+            nothing but the last bits.
+
+    Returns:
+        Natural logarithms, in the order of the questions and of their choices.
+    """
+    order = sorted(range(len(questions)), key=lambda i: max(len(e.tokens) for e in questions[i]))
+    size, values = batch_size or len(order), [list[float]() for _ in questions]
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        batch = collate([one for i in part for one in questions[i]], device=_device(model))
+        sums = torch.zeros(len(batch.names), dtype=torch.float64)
+        sums.index_add_(0, batch.rows.cpu(), -token_losses(model, batch).double().cpu())
+        for i, own in zip(part, sums.split([len(questions[i]) for i in part]), strict=True):
+            values[i] = own.tolist()
+    return values
 
 
 def _by_generation(model: Any, encoder: Encoder, examples: Sequence[Example]) -> list[int | None]:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from dreamrie.config import LlmConfig, to_yaml
-from dreamrie.llm.commonsense import mean_accuracy, measure
 from dreamrie.llm.data import Example, read_examples
 from dreamrie.llm.encoding import Encoder, context_length
+from dreamrie.llm.evaluate import check_choices
 from dreamrie.llm.models import LanguageModel, load_language_model
 from dreamrie.llm.targets import target_modules
-from dreamrie.llm.task import CausalLmTask, Scores
+from dreamrie.llm.task import CausalLmTask
 from dreamrie.llm.templates import Renderer
-from dreamrie.lora import attach_lora
+from dreamrie.lora import attach_lora, keep_in_fp32
 from dreamrie.optimizers import describe_optimizer, trained_numbers
+from dreamrie.publishing.hub import check_hub
 from dreamrie.run_folder import check_output_dir, folder_for_older_run
 from dreamrie.runlog import check_records
 
@@ -56,8 +57,15 @@ def read_request(config: LlmConfig, device: torch.device) -> Request:
     """
     check_output_dir(config.output.output_dir)
     check_records(config.output.report_to == "tensorboard")
+    check_hub(config.output)
     data, checks = config.data, config.validation
-    examples = read_examples(data.data, "train", tasks=data.tasks, rows_per_task=data.rows_per_task)
+    examples = read_examples(
+        data.data,
+        "train",
+        tasks=data.tasks,
+        rows_per_task=data.rows_per_task,
+        answers=data.answers,
+    )
     held_out: list[Example] = []
     if checks.validation_data:
         held_out = read_examples(
@@ -66,10 +74,16 @@ def read_request(config: LlmConfig, device: torch.device) -> Request:
             flag="--validation_data",
             tasks=data.tasks,
             rows_per_task=checks.validation_rows,
+            answers=data.answers,
         )
+        check_choices(held_out)
     model = config.model
     language = load_language_model(
-        model.model, revision=model.revision, precision=model.base_precision, device=device
+        model.model,
+        revision=model.revision,
+        precision=model.base_precision,
+        quantization=model.quantization,
+        device=device,
     )
     renderer = Renderer(language.tokenizer, data.template)
     length = context_length(language.model, data.max_length)
@@ -97,16 +111,12 @@ def build_task(request: Request, processes: int) -> CausalLmTask:
         request.encoder.encode(example)
     pairs = attach_lora(
         language.model,
-        adapter.rank,
-        target_modules(language.model, adapter.target_modules),
-        init=adapter.attach_init,
+        target_modules=target_modules(language.model, adapter.target_modules),
         dropout=adapter.dropout,
         generator=torch.Generator().manual_seed(seed),
+        **adapter.layout,
     )
-    for pair in pairs:
-        # PEFT makes factors in the precision of the base; steps below the rounding of bf16 would be lost.
-        for factor in (pair.left, pair.right):
-            factor.data = factor.data.float()
+    keep_in_fp32(pairs)
     return CausalLmTask(
         language.model,
         pairs,
@@ -119,7 +129,6 @@ def build_task(request: Request, processes: int) -> CausalLmTask:
         pad=language.tokenizer.pad_token_id,
         gradient_checkpointing=config.schedule.gradient_checkpointing,
         facts={**base_model_facts(language), **config.file_facts()},
-        scores=_scores(request) if request.held_out else None,
     )
 
 
@@ -195,16 +204,3 @@ def _by_task(examples: Sequence[Example]) -> dict[str, int]:
 def _words(examples: Sequence[Example]) -> str:
     """Tasks and rows in words."""
     return ", ".join(f"{count} {task}" for task, count in _by_task(examples).items()) or "none"
-
-
-def _scores(request: Request) -> Scores:
-    """Accuracy on the held-out rows, by likelihood."""
-
-    def scores() -> dict[str, float]:
-        found = measure(request.language.model, request.encoder, request.held_out)
-        return {
-            **{f"accuracy/{task}": accuracy.share for task, accuracy in found.items()},
-            "accuracy": mean_accuracy(found),
-        }
-
-    return scores

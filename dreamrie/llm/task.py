@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from dreamrie.llm.encoding import Encoded
 from dreamrie.lora import LoraPair, change_of
 from dreamrie.streams import stream_generator
 
-Scores = Callable[[], dict[str, float]]
-
 
 @dataclass(frozen=True)
 class TextBatch:
@@ -32,7 +30,7 @@ class TextBatch:
         rows: (t,), row of each target.
         places: (t,), index of its column in `columns`.
         targets: (t,), the tokens of the answers.
-        weights: (t,), fp32; 1 / (tokens of its answer x examples of the batch).
+        weights: (t,), fp64; 1 / (tokens of its answer x examples of the batch).
         names: where each example stands.
     """
 
@@ -68,7 +66,6 @@ class CausalLmTask:
         pad: token that fills rows.
         gradient_checkpointing: recompute activations in the backward pass.
         facts: for the header of the adapter: the base model, and what the settings were.
-        scores: measures the model on held-out rows; None: nothing to validate.
 
     Attributes:
         name: "causal-lm".
@@ -93,7 +90,6 @@ class CausalLmTask:
         pad: int = 0,
         gradient_checkpointing: bool = False,
         facts: Mapping[str, str] | None = None,
-        scores: Scores | None = None,
     ) -> None:
         if not examples:
             raise ConfigError("there is no example to learn from")
@@ -102,7 +98,7 @@ class CausalLmTask:
         self._batch_size, self._seed = batch_size, seed
         self._samples_per_step = samples_per_step or batch_size
         self._packing, self._max_length, self._pad = packing, max_length, pad
-        self._facts, self._scores = dict(facts or {}), scores
+        self._facts = dict(facts or {})
         self._order: tuple[tuple[str, int], list[int]] | None = None
         if packing:
             check_packing(model, self.examples, max_length, self.device)
@@ -164,24 +160,43 @@ class CausalLmTask:
         Returns:
             Scalar, fp32 (fp64 for an fp64 model), differentiable.
         """
-        return (token_losses(model, batch) * batch.weights).sum()
+        losses = token_losses(model, batch)
+        return (losses * batch.weights.to(losses.dtype)).sum()
+
+    def used_places(self, batch: TextBatch) -> Tensor:
+        """Places that the loss depends on: of each example up to the last one that a target is predicted from.
+
+        Args:
+            batch: from `batch`.
+
+        Returns:
+            (rows, length) of bool; padding is False.
+        """
+        height, width = batch.tokens.shape
+        places = torch.arange(width, device=batch.tokens.device)
+        # An example is a number of its own: its row, and how many began in it so far.
+        example = (batch.positions == 0).cumsum(dim=1)
+        example += (width + 1) * torch.arange(height, device=places.device)[:, None]
+        froms = batch.columns[batch.places]
+        last = torch.full((height * (width + 1),), -1, device=places.device)
+        last.scatter_reduce_(0, example[batch.rows, froms], froms, "amax")
+        return places <= last[example]
 
     def describe(self, batch: TextBatch) -> str:
         """Name the rows of a batch, for a message about its loss."""
         return ", ".join(batch.names)
 
     def validate(self, step: int, directory: Path) -> dict[str, float]:
-        """Measure the model as it is now.
+        """There is nothing to look at on the way; what is measured is a scorer's, see `dreamrie.llm.scorer`.
 
         Args:
             step: optimizer step.
-            directory: not used; there is nothing to look at.
+            directory: stays as it is.
 
         Returns:
-            Accuracy of each task and their mean; nothing without held-out rows.
+            Nothing.
         """
-        self.model.eval()
-        return {} if self._scores is None else self._scores()
+        return {}
 
     def save(self, directory: Path, metadata: dict[str, str]) -> None:
         """Write the adapter as a PEFT folder; errors are those of `save_peft`.
@@ -255,7 +270,7 @@ def collate(
         rows=torch.tensor(where, device=device),
         places=places.to(device),
         targets=torch.tensor(targets, device=device),
-        weights=torch.tensor(weights, device=device),
+        weights=torch.tensor(weights, dtype=torch.float64, device=device),
         names=tuple(example.where for row in rows for example in row),
     )
 

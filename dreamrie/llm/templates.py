@@ -1,4 +1,4 @@
-"""From a row of a data set to turns of a conversation (Table 3 of arXiv:2507.12142), and from turns to text.
+"""From a row of a data set to turns of a conversation (Table 3 of arXiv:2507.12142, or bare), and from turns to text.
 
 The line with the answer format ends the user's turn, for all tasks: behind the answer it could not be followed. The
 paper's BoolQ shows no passage, so a passage in a row is not used.
@@ -16,6 +16,8 @@ from dreamrie.errors import ConfigError
 
 Turn = tuple[str, str]
 """Role (system, user, assistant) and text."""
+Answers = Literal["name", "text"]
+"""name: the choices are listed, and the answer is the name of one. text: the question alone, and a choice itself."""
 
 ENDING = " Follow the answer format, full answer not needed."
 ANSWER = "The correct answer is "
@@ -71,16 +73,27 @@ FORMS: dict[str, Form] = {
 """The eight tasks of Table 1, by the name in the column `task`."""
 
 
-def ask(row: Mapping[str, Any]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Put a commonsense row into the words of Table 3.
+def ask(
+    row: Mapping[str, Any], answers: Answers = "name"
+) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Put a commonsense row into the words of Table 3, or ask it in its own words alone.
 
     Args:
         row: `task` is one of `FORMS`, `choices` a list of texts; the columns of the task are texts.
+        answers: "name": as in Table 3; a model must have learned to refer to a list. "text": no list and no
+            instruction, so that any language model has an opinion.
 
     Returns:
-        The system's and the user's turn; and the assistant's turn for each choice.
+        The turns before the answer, the user's last; and the assistant's turn for each choice.
     """
     form, choices = FORMS[row["task"]], [str(choice) for choice in row["choices"]]
+    if answers == "text":
+        # A label that is filled in says something: the activity of HellaSwag.
+        said = [
+            f"{label.format(**row)}: {row[column]}" if "{" in label else row[column]
+            for label, column in form.fields
+        ]
+        return (("user", "\n".join(said)),), tuple(choices)
     lines = [f"{label.format(**row)}: {row[column]}" for label, column in form.fields]
     labels = choices
     if form.choice is not None:

@@ -71,6 +71,29 @@ def test_ll9() -> None:
     law_ll9_the_likeliest_answer_is_chosen(real)
 
 
+def law_lb5_a_batch_changes_no_probability(impl: Any) -> None:
+    """Log-probabilities of all choices are those of one plain forward pass each, whatever pads their batch."""
+    network, asked = small.model(), examples()
+    questions = [impl.encode_choices(encoder(), example) for example in asked]
+    assert len({len(one.tokens) for question in questions for one in question}) > 10
+    renderer = Renderer(small.tokenizer())
+    wanted = [
+        [
+            log_probability(network, renderer.prompt(e.turns), renderer.answer(e.turns, choice))
+            for choice in e.choices
+        ]
+        for e in asked
+    ]
+    for size in (1, 4, None):
+        found = impl.log_probabilities(network, questions, batch_size=size)
+        for one, other in zip(found, wanted, strict=True):
+            assert one == pytest.approx(other, rel=1e-5)  # measured 2e-7
+
+
+def test_lb5() -> None:
+    law_lb5_a_batch_changes_no_probability(real)
+
+
 CHOICES = tuple(f"The correct answer is Answer{n}" for n in range(1, 13))
 NAMED = [
     ("The correct answer is Answer2", CHOICES, 1),
