@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 
 import train_dreambooth
 from dreamrie.checkpoint import MANIFEST, STATE, TENSORS
+from dreamrie.diffusion.adapters import load_saved_adapter
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.pipeline import sample
 from dreamrie.diffusion.prior import ensure_class_images
@@ -103,11 +105,47 @@ def test_adamw_from_loi_is_a_named_baseline(command: Command, tmp_path: Path) ->
     assert record["optimizer"] == "adamw (rank-2r baseline)"
 
 
-@pytest.mark.parametrize("init", ["orthonormal", "pissa", "olora"])
-def test_other_anchored_starts(command: Command, tmp_path: Path, init: str) -> None:
-    assert command("--init", init, "--loi_batches", None, "--max_train_steps", 2) == 0
+@pytest.mark.parametrize(
+    ("init", "batches", "said"),
+    [
+        ("orthonormal", None, "orthonormal"),
+        ("pissa", None, "pissa"),
+        ("corda", 2, "corda, 2 batches"),
+        pytest.param("lora_ga", 2, "lora_ga, 2 batches", marks=pytest.mark.slow),
+    ],
+)
+def test_other_anchored_starts(
+    command: Command, tmp_path: Path, init: str, batches: int | None, said: str
+) -> None:
+    assert command("--init", init, "--loi_batches", batches, "--max_train_steps", 2) == 0
     assert moved(tmp_path / "run") > 1e-5
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["initialization"] == init
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["initialization"] == said
+
+
+@pytest.mark.slow
+def test_a_start_from_inputs_for_adamw(command: Command, tmp_path: Path) -> None:
+    flags = ("--optimizer", "adamw", "--init", "eva", "--max_train_steps", 2)
+    assert command(*flags, "--learning_rate", 0.05) == 0
+    assert moved(tmp_path / "run") > 1e-5
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["optimizer"], record["initialization"][:5]) == ("adamw", "eva, ")
+
+
+def test_a_base_in_bf16_trains_the_same_adapter_to_rounding(
+    command: Command, tmp_path: Path, model: Path
+) -> None:
+    """Scale of the losses: rounding of bf16, 1e-2. The adapter itself is fp32 and fits the base in fp32."""
+    assert command("--max_train_steps", 2, out="wide") == 0
+    assert command("--max_train_steps", 2, "--base_precision", "bf16", out="half") == 0
+    wide, half = metrics(tmp_path / "wide"), metrics(tmp_path / "half")
+    for one, other in zip(wide, half, strict=True):
+        assert one["loss"] != other["loss"]
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-2)
+    with safe_open(tmp_path / "half" / ADAPTER, "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
+    # Trained on the rounded weights of the same file, so it belongs to that model.
+    found = load_saved_adapter(load_components(model), tmp_path / "half")
+    assert found["steps"] == "2"
 
 
 def test_prior_preservation_makes_the_missing_class_pictures(

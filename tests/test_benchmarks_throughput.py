@@ -1,0 +1,84 @@
+"""Two scripts are timed by one clock: every optimizer step is noted, whatever the script."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from benchmarks import sd2_folder, throughput
+from tests.contracts.sources import ROOT
+
+# Seven steps of three milliseconds each; the first two take longer.
+SCRIPT = """
+import sys, time, torch
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+assert sys.argv[1:3] == ["--flag", "value"], sys.argv
+for step in range(9):
+    time.sleep(0.2 if step < 2 else 0.02)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    if step == 7 and "--fail" in sys.argv:
+        raise SystemExit("ended early")
+"""
+
+
+@pytest.mark.slow
+def test_every_step_of_a_foreign_script_is_noted(tmp_path: Path) -> None:
+    script, times = tmp_path / "script.py", tmp_path / "times.json"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "benchmarks.watched", str(times), str(script)]
+    subprocess.run([*command, "--flag", "value"], cwd=ROOT, check=True)
+    found = json.loads(times.read_text())
+    gaps = [later - earlier for earlier, later in itertools.pairwise(found["ends"])]
+    assert len(gaps) == 8
+    assert gaps[0] > 0.2
+    assert 0.02 < sorted(gaps)[4] < 0.2
+    assert found["peak_bytes"] > 100 * 2**20  # torch alone is more
+
+
+def test_the_median_leaves_the_first_steps_out(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    contender = throughput.Contender("theirs", script, ())
+    found = throughput.measure(contender, ["--flag", "value"], tmp_path, 4)
+    assert 20 < found.step_ms < 200
+    assert found.pictures_per_s == pytest.approx(4e3 / found.step_ms)
+
+
+@pytest.mark.slow
+def test_a_script_that_fails_says_what_it_said(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('no such model')")
+    contender = throughput.Contender("theirs", script, ())
+    with pytest.raises(
+        SystemExit, match=r"theirs ended with exit code 1 after 0 steps(?s:.)*no such"
+    ):
+        throughput.measure(contender, [], tmp_path, 4)
+
+
+def test_ratios_refer_to_the_first_row() -> None:
+    rows = [
+        throughput.Result("theirs", 200.0, 20.0, 8.0),
+        throughput.Result("ours", 100.0, 40.0, 6.0),
+    ]
+    last = throughput.table(rows).splitlines()[-1].split()
+    assert last == ["ours", "100.0", "40.00", "2.00", "6.00", "0.75"]
+
+
+def test_the_folder_is_a_pipeline_of_sd2(tmp_path: Path) -> None:
+    folder = sd2_folder.write_folder(tmp_path / "sd2", "small", torch.device("cpu"), torch.bfloat16)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    assert pipe.vae_scale_factor == 8
+    assert type(pipe.vae).__name__ == "AutoencoderKL"
+    with torch.device("meta"):
+        full = sd2_folder.UNet2DConditionModel(**sd2_folder.UNETS["full"])
+    # The published size of stable-diffusion-2's U-Net.
+    assert sum(weight.numel() for weight in full.parameters()) == 865_910_724
