@@ -25,6 +25,7 @@ from dreamrie.loi.session import (
     undisturbed,
     without_change,
 )
+from dreamrie.team import ALONE, Team
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def locally_optimal_init(
     power: int | None = None,
     generator: torch.Generator | None = None,
     avoid: Sequence[Tensor | None] | None = None,
+    team: Team = ALONE,
 ) -> LoiReport:
     """Write the locally optimal start X0 = alpha U_1 V_2^T into anchored pairs.
 
@@ -131,7 +133,8 @@ def locally_optimal_init(
         model: holds the pairs.
         pairs: from `dreamrie.attach_lora`; each has a frozen anchor.
         loss: loss(model, batch) -> one number; the training loss.
-        batches: finite iterable; different pictures, noise and timesteps average the noise away.
+        batches: finite iterable; different pictures, noise and timesteps average the noise away. The same on every
+            process of a team: each evaluates its share of them.
         alpha: signed size of the start; default 0.1 / sqrt(r).
         estimator: `mean_gradient`, `sketch` or `backprop_rsvd`; see `loi.estimators`.
         lr: largest learning rate of the training; if given, |alpha| must be at least 10 times it.
@@ -140,6 +143,8 @@ def locally_optimal_init(
         generator: source of test matrices; default a new one with seed 0.
         avoid: for each pair, orthonormal V (in, q) of input directions that its start must not respond to, or None:
             X0 V = 0, and X0 is the best of those starts, from the gradient G (I - V V^T). See `dreamrie.lora.apart`.
+        team: the processes that train together, see `Team.here`. The start is that of one process with all batches,
+            up to rounding, and all processes must call this.
 
     Returns:
         Energies per layer; also logged.
@@ -157,10 +162,12 @@ def locally_optimal_init(
     own = [(pair.left.detach().clone(), pair.right.detach().clone()) for pair in pairs]
     rooms = complements(pairs, avoid)
     limits: dict[str, Any] = {} if avoid is None else {"avoid": avoid}
+    if team.size > 1:
+        limits["team"] = team
     kept: list[Any] = []
     done = False
     with undisturbed(model):
-        seen = _keep_first(batches, kept)
+        seen = team.share(_keep_first(batches, kept))
         if estimator == "backprop_rsvd":
             found, count = backprop_rsvd(
                 model, pairs, loss, seen, random,

@@ -9,6 +9,9 @@
 
 All three take `avoid`, one V (in, q) or None for each pair. Their triples are then those of G N, in coordinates of the
 directions N that are left, see `dreamrie.loi.complement`.
+
+With a `team` of several processes, `batches` are those of this process; what is summed over batches is summed over
+processes too, before anything that is not linear in the gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from dreamrie.loi.points import (
     orthonormal,
     sketch_svd,
 )
-from dreamrie.loi.session import LoiPair, RandomState, exchanged, without_change
+from dreamrie.loi.session import LoiPair, RandomState, exchanged, is_packed, without_change
+from dreamrie.team import ALONE, Team
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -63,11 +67,12 @@ def mean_gradient(
     generator: torch.Generator,
     *,
     avoid: Sequence[Tensor | None] | None = None,
+    team: Team = ALONE,
 ) -> tuple[list[LeadingSvd], int]:
     """Leading triples of the gradient averaged over all batches, accumulated in fp32 or fp64.
 
     Returns:
-        One decomposition per pair and the number of batches.
+        One decomposition per pair and the number of batches, of all processes together.
 
     Raises:
         ConfigError: a base weight takes no gradient or is used in more than one place.
@@ -83,8 +88,8 @@ def mean_gradient(
         for weight in weights:
             weight.requires_grad_(True)
         for batch in batches:
+            value = evaluate(loss, model, batch, 1 + team.number(count))
             count += 1
-            value = evaluate(loss, model, batch, count)
             for total, part in zip(
                 sums, torch.autograd.grad(value, weights, allow_unused=True), strict=True
             ):
@@ -92,7 +97,9 @@ def mean_gradient(
                     total += part
         for weight in weights:
             weight.requires_grad_(False)
+    count = team.total(count, pairs[0].left.device)
     _require_batches(count)
+    team.add_(sums)
     found: list[LeadingSvd] = []
     for pair, total, room in zip(pairs, sums, rooms, strict=True):
         _require_finite(pair, total)
@@ -109,6 +116,7 @@ def sketch(
     generator: torch.Generator,
     *,
     avoid: Sequence[Tensor | None] | None = None,
+    team: Team = ALONE,
 ) -> tuple[list[LeadingSvd], int]:
     """Leading triples from one two-sided sketch: one backward pass per batch, no full gradient.
 
@@ -117,7 +125,7 @@ def sketch(
     Omega is N Omega: both sketches are then those of G N.
 
     Returns:
-        One decomposition per pair and the number of batches.
+        One decomposition per pair and the number of batches, of all processes together.
     """
     rooms = complements(pairs, avoid)
     tests = [_test_matrices(pair, room, generator) for pair, room in zip(pairs, rooms, strict=True)]
@@ -125,7 +133,7 @@ def sketch(
     for (omega, psi), pair, room in zip(tests, pairs, rooms, strict=True):
         lefts.append(torch.cat([psi.new_zeros(pair.out, omega.shape[1]), psi], dim=1))
         rights.append(torch.cat([room.lift(omega).T, omega.new_zeros(psi.shape[1], pair.in_)]))
-    gradients, count, _ = _factor_gradients(model, pairs, loss, batches, lefts, rights)
+    gradients, count, _ = _factor_gradients(model, pairs, loss, batches, lefts, rights, team)
     _require_batches(count)
     found: list[LeadingSvd] = []
     for pair, room, (omega, psi), (left, right) in zip(pairs, rooms, tests, gradients, strict=True):
@@ -147,6 +155,7 @@ def backprop_rsvd(
     oversample: int | None = None,
     power: int = 1,
     avoid: Sequence[Tensor | None] | None = None,
+    team: Team = ALONE,
 ) -> tuple[list[LeadingSvd], int]:
     """Leading triples by randomized SVD, each product one pass over all batches, all layers at once.
 
@@ -162,16 +171,18 @@ def backprop_rsvd(
         oversample: p; default the rank of each layer.
         power: q.
         avoid: V (in, q) of each pair, or None.
+        team: the processes that share the batches.
 
     Returns:
-        One decomposition per pair and the number of batches.
+        One decomposition per pair and the number of batches, of all processes together.
 
     Raises:
         NumericalError: the objective changes between passes although the random streams are
             replayed, so the products belong to different gradients.
     """
     kept = list(batches)
-    _require_batches(len(kept))
+    total = team.total(len(kept), pairs[0].left.device)
+    _require_batches(total)
     rooms = complements(pairs, avoid)
     replay = RandomState()
     first: list[float] = []
@@ -184,7 +195,7 @@ def backprop_rsvd(
                  for f, p in zip(frames, pairs, strict=True)]  # fmt: skip
         lefts = frames if transposed else [zero.T for zero in zeros]
         rights = zeros if transposed else [frame.T for frame in frames]
-        gradients, count, value = _factor_gradients(model, pairs, loss, kept, lefts, rights)
+        gradients, count, value = _factor_gradients(model, pairs, loss, kept, lefts, rights, team)
         first.append(value)
         if not math.isclose(value, first[0], rel_tol=1e-3, abs_tol=1e-12):
             raise NumericalError(
@@ -212,7 +223,7 @@ def backprop_rsvd(
     for basis, co_range in zip(bases, products(bases, True), strict=True):
         core, values, right = thin_svd(co_range.T)
         found.append(LeadingSvd(basis @ core, values, right))
-    return found, len(kept)
+    return found, total
 
 
 def _factor_gradients(
@@ -222,8 +233,9 @@ def _factor_gradients(
     batches: Iterable[Any],
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
+    team: Team,
 ) -> tuple[list[tuple[Tensor, Tensor]], int, float]:
-    """Sums over batches of the factor gradients as matrices, the number of batches, the mean loss."""
+    """Sums over all batches of the team of the factor gradients as matrices, their number, the mean loss."""
     sums = [
         (torch.zeros_like(left), torch.zeros_like(right))
         for left, right in zip(lefts, rights, strict=True)
@@ -233,14 +245,16 @@ def _factor_gradients(
         wanted = [parameter for both in temporary for parameter in both]
         flat = [part for both in sums for part in both]
         for batch in batches:
+            value = evaluate(loss, model, batch, 1 + team.number(count))
             count += 1
-            value = evaluate(loss, model, batch, count)
             total += float(value.detach())
             parts = torch.autograd.grad(value, wanted, allow_unused=True)
             for accumulated, part in zip(flat, parts, strict=True):
                 if part is not None:
                     accumulated += part.reshape(accumulated.shape)
-    return sums, count, total / max(count, 1)
+    facts = torch.tensor([count, total], dtype=torch.float32, device=pairs[0].left.device)
+    team.add_([*flat, facts])
+    return sums, int(facts[0]), float(facts[1] / facts[0].clamp_min(1))
 
 
 def _test_matrices(
@@ -265,7 +279,7 @@ def _require_own_weights(model: nn.Module, pairs: Sequence[LoiPair]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
     for pair in pairs:
-        if not pair.base_weight.is_floating_point():
+        if is_packed(pair.base_weight):
             raise ConfigError(
                 f"layer {pair.name!r}: its {pair.base_weight.dtype} base weight takes no gradient "
                 "(quantized?). Use estimator='sketch', which needs gradients of the adapter only."

@@ -168,10 +168,29 @@ def without_change(pairs: Sequence[LoiPair]) -> tuple[list[Tensor], list[Tensor]
     return lefts, [pair.right.new_zeros(1, pair.in_) for pair in pairs]
 
 
+def is_packed(weight: Tensor) -> bool:
+    """Whether a base weight is quantized: bytes, or a tensor that is kept as several others. No gradient reaches it."""
+    return not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__")
+
+
+def stored(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
+    """What a tensor is kept as: itself under its name, or the parts of a packed one."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return {name: tensor}
+    found: dict[str, Tensor] = {}
+    for part in tensor.__tensor_flatten__()[0]:
+        value = getattr(tensor, part)
+        # A weight that is spread over processes has its mesh beside its part.
+        found |= stored(value, f"{name}.{part}") if isinstance(value, Tensor) else {}
+    return found
+
+
 def digest(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and bytes."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    if flat.numel() == 0:
-        return hashlib.sha256(head).hexdigest()
-    return hashlib.sha256(head + flat.view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
+    """sha256 of dtype, shape and bytes of what a tensor is kept as."""
+    total = hashlib.sha256()
+    for part in stored(tensor).values():
+        flat = part.detach().contiguous().reshape(-1)
+        total.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        if flat.numel():
+            total.update(flat.view(torch.uint8).cpu().numpy().tobytes())
+    return total.hexdigest()

@@ -5,42 +5,61 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from dreamrie.errors import ConfigError
+from dreamrie.team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
+# The other processes wait while the main one draws class pictures or scores.
+_PATIENCE = timedelta(hours=6)
+
 
 def make_accelerator(mixed_precision: str = "no") -> Accelerator:
-    """Choose device and precision: the GPU if there is one, else the CPU.
+    """Choose device and precision: the GPU if there is one, else the CPU; join the other processes of a launch.
 
     Args:
         mixed_precision: "no", "fp16" or "bf16".
 
     Raises:
-        ConfigError: this machine cannot compute in that precision.
+        ConfigError: this machine cannot compute in that precision, or accelerate cannot join processes here.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without a GPU accelerate would let each process train for itself, into the same folder.
+    cpu = launched > 1 and not torch.accelerator.is_available()
     # accelerate refuses a second precision in one process; a page that runs several jobs needs it.
     if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
+        patience = InitProcessGroupKwargs(timeout=_PATIENCE)
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience]
+        )
     except ValueError as error:
         raise ConfigError(_no_such_precision(mixed_precision, str(error))) from error
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would compute in fp32 without a word.
         AcceleratorState._reset_state()
         raise ConfigError(_no_such_precision(mixed_precision, "there is no GPU"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched, and accelerate cannot join them on {accelerator.device}\n"
+            "  where: accelerate launch\n"
+            "  what to do: set the environment variable ACCELERATE_USE_CPU=true, or start one process"
+        )
     return accelerator
 
 
@@ -109,11 +128,24 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 class StopRequest:
-    """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once."""
+    """First Ctrl-C or SIGTERM: finish the step, save, stop. Second: stop at once.
 
-    def __init__(self) -> None:
+    Args:
+        team: the processes of the training. A signal reaches them at different moments, or only one of them.
+        device: that they talk through.
+
+    Attributes:
+        asked: this process has received a signal.
+    """
+
+    def __init__(self, team: Team = ALONE, device: torch.device | str = "cpu") -> None:
         self.asked = False
+        self._team, self._device = team, device
         self._previous: dict[int, Any] = {}
+
+    def agreed(self) -> bool:
+        """Whether any process has received a signal; every process asks at the same places, and gets one answer."""
+        return self._team.total(int(self.asked), self._device) > 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Signal handler."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,8 +25,10 @@ from dreamrie.errors import (
     ImageError,
     NumericalError,
 )
+from dreamrie.optimizers.pair_optimizer import PairOptimizer
 from dreamrie.riemannion import Riemannion
 from dreamrie.runlog import RunLog
+from dreamrie.team import Team
 from dreamrie.trainer.control import (
     StopRequest,
     derive_seed,
@@ -33,6 +36,7 @@ from dreamrie.trainer.control import (
     own_random_stream,
     schedule_factor,
 )
+from dreamrie.trainer.joint import joint_mean_, share_start_
 from dreamrie.trainer.saving import Checkpoints, Progress, Saver
 from dreamrie.trainer.scoring import BestKeeper, Scorer, Verdict, scored_folder
 from dreamrie.trainer.spectra import change_spectra
@@ -60,6 +64,9 @@ class _Loop:
         self.task, self.optimizer, self.settings = task, optimizer, settings
         self.log, self.accelerator, self.scorer = log, accelerator, scorer
         self.keeper = BestKeeper(log.output_dir) if scorer and log.output_dir else None
+        self.team = Team(accelerator.process_index, accelerator.num_processes)
+        if isinstance(optimizer, Riemannion):
+            optimizer.share_work(self.team)
         self.stepper = accelerator.prepare_optimizer(optimizer)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Every group keeps its own peak: LoRA+ has two.
@@ -76,15 +83,11 @@ class _Loop:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
 
-    def micro_number(self, index: int) -> int:
-        """Number of this process's micro-batch: k on one process are the same as k/2 on two."""
-        return index * self.accelerator.num_processes + self.accelerator.process_index
-
     def accumulate(self, step: int) -> Tensor:
         """Gradients of the mean loss over all micro-batches of all processes; returns that mean."""
         count, losses = self.settings.accumulation, []
         for index in range(count):
-            micro = self.micro_number(index)
+            micro = self.team.number(index)  # k on one process are the same as k/2 on two
             batch = self.task.batch(step, micro)
             seed = derive_seed(self.settings.seed, step, micro)
             with own_random_stream(self.accelerator.device, seed), self.accelerator.autocast():
@@ -92,13 +95,7 @@ class _Loop:
             self.accelerator.backward(loss / count)
             losses.append(loss.detach())
         self.micro_losses = torch.stack(losses)
-        total = self.micro_losses.mean()
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, reduction="mean")
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
-        return total
+        return joint_mean_(self.team, self.micro_losses.mean(), self.parameters)
 
     def gradient_norm(self) -> Tensor:
         """Norm that is logged and clipped: of the tangent gradients, or of all factor gradients.
@@ -108,6 +105,8 @@ class _Loop:
         """
         if isinstance(self.optimizer, Riemannion):
             return torch.as_tensor(self.optimizer.tangent_grad_norm())
+        if isinstance(self.optimizer, PairOptimizer):
+            return torch.as_tensor(self.optimizer.gradient_norm())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
@@ -171,9 +170,11 @@ class _Loop:
             return
         progress.skipped += 1
         progress.skips_in_a_row += 1
-        # The batches of this process whose own loss is broken; if none is, it may be any of them.
+        # The batches whose own loss is broken, in whatever process; if none is, it may be any of them.
         bad = [i for i, loss in enumerate(self.micro_losses.tolist()) if not math.isfinite(loss)]
-        micros = [self.micro_number(i) for i in bad or range(self.settings.accumulation)]
+        if not self.team.total(len(bad), self.accelerator.device):
+            bad = list(range(self.settings.accumulation))
+        micros = gather_object([self.team.number(index) for index in bad])
         content = "; ".join(self.task.describe(self.task.batch(step, micro)) for micro in micros)
         facts = f"{facts}, batch: {content}"
         logger.warning("Step %d skipped: %s is not finite (%s)", step, skip, facts)
@@ -181,12 +182,12 @@ class _Loop:
             raise NumericalError(
                 f"the {skip} was not finite {progress.skips_in_a_row} times in a row\n"
                 f"  where: step {step}, {facts}\n"
-                "  what to do: look at the named pictures, lower --learning_rate, or use bf16 or "
+                "  what to do: look at the named examples, lower --learning_rate, or use bf16 or "
                 "no for --mixed_precision; no adapter was written"
             )
 
     def validate(self, step: int) -> None:
-        """Samples and scores of the present model; a disk that takes no picture does not end a training."""
+        """Samples and scores of the present model; a disk that takes no sample does not end a training."""
         if self.log.output_dir is not None:
             folder = self.log.output_dir / "samples"
             scores: dict[str, float] = {}
@@ -251,25 +252,27 @@ class _Loop:
     def run(self) -> TrainResult:
         """All steps, then the final save, also when a signal ends it early after at least one step."""
         first, s = self.begin(), self.settings
+        share_start_(self.team, self.task.pairs)
         self.task.model.train()
         self.set_learning_rate(self.progress.step)
-        with StopRequest() as stop:
+        with StopRequest(self.team, self.accelerator.device) as stop:
             if self.progress.owes_look:
                 self.look(self.progress.step, stop)
                 self.write_checkpoint()
             for step in range(first, s.max_steps + 1):
-                if stop.asked:
+                if stop.agreed():
                     break
                 if step > 0:
                     self.step(step)
                 self.after_step(step, stop)
-            self.finish(stop.asked)
+            stopped = stop.agreed()
+            self.finish(stopped)
         self.accelerator.free_memory()
         progress = self.progress
         return TrainResult(
             progress.step,
             progress.skipped,
-            stop.asked,
+            stopped,
             progress.moved,
             progress.last_loss,
             progress.seconds,
@@ -288,13 +291,13 @@ class _Loop:
             self.write_checkpoint()
 
     def look(self, step: int, stop: StopRequest) -> None:
-        """Pictures and scores, if they are due; a run that was asked to stop leaves them to the one that goes on."""
+        """Samples and scores, if they are due; a run that was asked to stop leaves them to the one that goes on."""
         s, last = self.settings, step == self.settings.max_steps
         draws = _is_due(s.validation_steps, step, last)
         # Without a step that moved it, the adapter is that of step 0.
         scores = _is_due(s.score_steps, step, last) and (self.progress.moved or step == 0)
-        self.progress.owes_look = stop.asked and (draws or scores)
-        if stop.asked:
+        self.progress.owes_look = (draws or scores) and stop.agreed()
+        if self.progress.owes_look:
             return
         if draws:
             self.validate(step)
@@ -323,7 +326,7 @@ class _Loop:
             raise NumericalError(
                 f"every one of the {progress.step} steps was skipped, so the adapter is unchanged\n"
                 "  where: the warnings above name the batches\n"
-                "  what to do: look at the named pictures, or lower --learning_rate; "
+                "  what to do: look at the named examples, or lower --learning_rate; "
                 "no adapter was written"
             )
 

@@ -47,7 +47,7 @@ class Progress:
         last_loss: mean loss of the last step, NaN if there was none.
         seconds, scoring_seconds: spent in steps, and in scorings.
         scored_until: step of the last scoring.
-        owes_look: a stop left out the pictures or scores that belong behind this step; who goes on makes them first.
+        owes_look: a stop left out the samples or scores that belong behind this step; who goes on makes them first.
     """
 
     step: int = 0
@@ -72,7 +72,7 @@ class Checkpoints:
     Attributes:
         every: steps between two; one more is written when stopped and at the end.
         limit: how many to keep; None: all.
-        facts: what the run depends on beside the loop's own state: settings, pictures, base model. Going on needs the
+        facts: what the run depends on beside the loop's own state: settings, examples, base model. Going on needs the
             same, except for "versions" and "threads", which are warned about.
         resume: checkpoint to go on from, of a run with the same settings.
     """
@@ -168,7 +168,7 @@ class Saver:
             Counters, and the verdict of the last scoring.
 
         Raises:
-            CheckpointError: it is of other pictures, another base model or other layers; nothing was changed.
+            CheckpointError: it is of other examples, another base model or other layers; nothing was changed.
         """
         state = checkpoint.state
         self._check_facts(checkpoint)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dreamrie.errors import CheckpointError
-from dreamrie.run_folder import ADAPTER, write_atomic
+from dreamrie.run_folder import ADAPTER_FILES, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +110,18 @@ class BestKeeper:
         """Copy the adapter of the best step, and write down why."""
         if verdict.best_step is None:
             return
-        source = scored_folder(self.output_dir, verdict.best_step) / ADAPTER
+        source = scored_folder(self.output_dir, verdict.best_step)
         record = {"step": verdict.best_step, "scored_until": step, "reason": verdict.reason}
         folder = self.output_dir / BEST
         try:
             if self._kept != verdict.best_step:
-                content = source.read_bytes()
+                names = [name for name in ADAPTER_FILES if (source / name).exists()]
+                if not names:
+                    raise FileNotFoundError(f"{source} holds no adapter")
+                contents = {name: (source / name).read_bytes() for name in names}
                 folder.mkdir(exist_ok=True)
-                write_atomic(folder / ADAPTER, content)
+                for name, content in contents.items():
+                    write_atomic(folder / name, content)
                 self._kept = verdict.best_step
             write_atomic(folder / "best.json", (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dreamrie.lora import LoraPair
-from dreamrie.run_folder import ADAPTER
+from dreamrie.run_folder import ADAPTER_FILES
 from dreamrie.trainer.scoring import BEST, Verdict
 
 
@@ -124,7 +124,7 @@ class TrainResult:
             best = f"no step could be scored, so there is no {output_dir / BEST}"
             if self.verdict.best_step is not None:
                 best = f"{output_dir / BEST} holds step {self.verdict.best_step}: {self.verdict.reason}"
-                if not (output_dir / BEST / ADAPTER).is_file():
+                if not any((output_dir / BEST / name).is_file() for name in ADAPTER_FILES):
                     best = f"step {self.verdict.best_step} is the best, but {output_dir / BEST} could not be kept"
             share = self.scoring_seconds / max(self.seconds, 1e-9)
             lines.append(
