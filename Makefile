@@ -4,7 +4,7 @@
 #   make test    all laws, mutants and contracts (under 10 minutes on 2 cores)
 #   make check   format, lint, types, layering
 #   make full    everything, long searches included
-#   make bench   the numbers of the README on LOI
+#   make bench   the numbers of the README on LOI, and what a step costs
 #   make concepts  every example concept, three seeds, scored (about an hour on 2 cores)
 #   make truncation  what lowering the rank after training costs (about 5 minutes; trains the demo if needed)
 #   make mergeable  two concepts in one model, merged in several ways
@@ -66,6 +66,7 @@ full: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks.loi_energy
+	$(PY) -m benchmarks.step
 
 concepts: $(READY)
 	$(PY) -m benchmarks.concepts

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch.optim import Optimizer
 
 from dreamrie.config import TrainConfig, is_verbose, parse_config, to_yaml
 from dreamrie.diffusion.apart import read_others
-from dreamrie.diffusion.components import load_components
+from dreamrie.diffusion.components import PRECISIONS, load_components
 from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.hub import hand_over
 from dreamrie.diffusion.images import check_images
@@ -29,17 +28,18 @@ from dreamrie.diffusion.prepare import (
     missing_for_scores,
     run_facts,
 )
+from dreamrie.diffusion.rehearsal import rehearse
 from dreamrie.diffusion.resume import checkpoint_plan
 from dreamrie.diffusion.task import DreamBoothTask, picture_unit
 from dreamrie.errors import ConfigError, DreamrieError
-from dreamrie.loi import locally_optimal_init
-from dreamrie.lora import attach_lora
-from dreamrie.lora.apart import avoided, keep_apart
-from dreamrie.optimizers import build_optimizer
+from dreamrie.lora import attach_lora, keep_in_fp32
+from dreamrie.lora.apart import keep_apart
 from dreamrie.run_folder import check_not_in_use, check_output_dir
 from dreamrie.runlog import RunLog, check_records, exit_code, start_logging
 from dreamrie.trainer import LoopSettings, Scorer, make_accelerator, sigterm_as_ctrl_c, train
 from dreamrie.trainer.resuming import find_resume
+from dreamrie.trainer.spreading import spread_base
+from dreamrie.trainer.starting import start_adapter
 
 logger = logging.getLogger("dreamrie.train_dreambooth")
 
@@ -51,14 +51,14 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
     check_records(config.output.report_to == "tensorboard")
     check_images(data.instance_data_dir)
     model, name = config.model, config.model.pretrained_model_name_or_path
-    components = load_components(
-        name, revision=model.revision, variant=model.variant, device=device
-    )
+    dtype, origin = PRECISIONS[model.base_precision], (model.revision, model.variant)
+    components = load_components(name, *origin, dtype=dtype, device=device)
     # What can be refused is refused before the class pictures, which may take minutes.
-    generator, init = torch.Generator().manual_seed(seed), config.adapter.attach_init
-    rank, unet = config.adapter.rank, components.unet
+    generator, unet = torch.Generator().manual_seed(seed), components.unet
     others = read_others(components, config.adapter.other_adapters)
-    pairs = attach_lora(unet, rank, ATTENTION_TARGETS, init=init, generator=generator)
+    layout = config.adapter.layout
+    pairs = attach_lora(unet, target_modules=ATTENTION_TARGETS, generator=generator, **layout)
+    keep_in_fp32(pairs)
     keep_apart(pairs, others)
     resolution = check_request(components, config)
     concept = ConceptSet(
@@ -70,28 +70,6 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
         **config.picture_values(picture_unit(components)),
     )
     return DreamBoothTask(components, pairs, concept, **config.task_values(processes))
-
-
-def start_adapter(config: TrainConfig, task: DreamBoothTask) -> tuple[Optimizer, str]:
-    """Move the adapters to their start; returns their optimizer, and how the start went."""
-    adapter, settings, summary = config.adapter, config.optimizer, str(config.adapter.init)
-    if adapter.init == "loi" and not config.run.resume_from_checkpoint:
-        count, size = adapter.loi_batches, config.data.train_batch_size
-        logger.info("LOI: gradient of %d batches of %d pictures ...", count, size)
-        summary = locally_optimal_init(
-            task.model,
-            task.pairs,
-            task.model_loss,
-            task.loi_batches(adapter.loi_batches),
-            alpha=adapter.start_scale,
-            estimator=adapter.loi_estimator,
-            lr=settings.spectral_step,
-            generator=torch.Generator().manual_seed(config.schedule.seed),
-            avoid=avoided(task.pairs),
-        ).summary()
-    lr, decay, beta = settings.learning_rate, settings.weight_decay, settings.momentum
-    kind = settings.optimizer
-    return build_optimizer(kind, task.pairs, lr=lr, weight_decay=decay, momentum=beta), summary
 
 
 def make_scorer(config: TrainConfig, task: DreamBoothTask, is_main: bool) -> Scorer | None:
@@ -116,9 +94,10 @@ def run(config: TrainConfig, command: Sequence[str]) -> bool:
     config = config.with_resolution(task.concept.resolution)
     if config.run.dry_run:
         make_scorer(config, task, is_main=True)
-        print(explain(config, task))
+        accelerator.print(explain(config, task), rehearse(config, task, accelerator), sep="\n")
         return True
     scorer, facts = make_scorer(config, task, accelerator.is_main_process), run_facts(config, task)
+    spread_base(accelerator, task, config)
     optimizer, facts["initialization"] = start_adapter(config, task)
     folder = config.output.output_dir if accelerator.is_main_process else None
     board = config.output.logging_dir if config.output.report_to == "tensorboard" else None

@@ -24,6 +24,7 @@ COMMANDS = {
     "push": "dreamrie.commands.push",
     "generate": "dreamrie.commands.generate",
     "train-llm": "dreamrie.commands.train_llm",
+    "evaluate-llm": "dreamrie.commands.evaluate_llm",
 }
 """Modules with `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code."""
 

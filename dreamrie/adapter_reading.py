@@ -18,7 +18,7 @@ as a warning and returned.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ from dreamrie.adapter_names import arrange
 from dreamrie.adapter_scaling import foreign_scalings
 from dreamrie.errors import AdapterError, ConfigError
 from dreamrie.lora import LoraPair, LowRank
-from dreamrie.lora.fingerprint import rounded_fingerprints
+from dreamrie.lora.fingerprint import EXACT, rounded_fingerprints
 from dreamrie.lora.place import (
     Placing,
     adapted_layer,
@@ -313,8 +313,8 @@ def _check_base(model: nn.Module, container: Container, other_base: bool) -> tup
         )
     else:
         text = (
-            f"its base weights ({trained_on}) were rounded to {' or '.join(wanted)}, the model's to "
-            f"{' or '.join(found)}, so fingerprints cannot be compared (a model loaded in float32 can be)"
+            f"its base weights ({trained_on}) were {_kept_as(wanted)}, the model's {_kept_as(found)}, so fingerprints "
+            f"cannot be compared{'' if EXACT in (*wanted, *found) else ' (a model loaded in float32 can be)'}"
         )
     if other_base:
         _log.warning("%s: %s; loaded because other_base=True", container.path, text)
@@ -323,3 +323,10 @@ def _check_base(model: nn.Module, container: Container, other_base: bool) -> tup
         f"the adapter {container.path} is not loaded: {text}. Load the base model that it was trained on, or pass "
         "other_base=True if another base is what you want."
     )
+
+
+def _kept_as(kinds: Iterable[str]) -> str:
+    """What can be compared of some weights, in words."""
+    if EXACT in kinds:
+        return "quantized or of mixed precision"
+    return f"rounded to {' or '.join(kinds)}"

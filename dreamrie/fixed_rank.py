@@ -223,8 +223,13 @@ def dense_tangent(point: Point, tangent: Tangent) -> Float[Tensor, "*batch out i
 
 def remove_component(frame: Tensor, block: Tensor) -> Tensor:
     """Return (I - frame frame^T) block; twice, because once leaves a rounding error relative to the block."""
-    block = block - frame @ (frame.mT @ block)
-    return block - frame @ (frame.mT @ block)
+    for _ in range(2):
+        core = frame.mT @ block
+        if block.ndim == 3 and frame.ndim == 3 and block.dtype == frame.dtype:
+            block = torch.baddbmm(block, frame, core, alpha=-1)
+        else:
+            block = block - frame @ core
+    return block
 
 
 def project(

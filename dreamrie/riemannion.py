@@ -1,9 +1,9 @@
 """Riemannion: Muon on the manifold of fixed-rank matrices, as an optimizer for any PEFT LoRA model.
 
-The pure step is in `riemannion_step.py`, the reading of layers in `riemannion_layers.py`, checks of
-arguments in `riemannion_checks.py`; this file keeps the contract
-of `torch.optim.Optimizer` around them: options, groups, where the state lives, what happens to missing and non-finite
-gradients.
+The pure step is in `riemannion_step.py`, the reading of layers in `riemannion_layers.py`, checks of arguments in
+`riemannion_checks.py`, other spectral maps than msign in `riemannion_maps.py`; this file keeps the contract of
+`torch.optim.Optimizer` around them: options, where the state lives, what happens to missing and non-finite gradients.
+What other optimizers of LoRA pairs do alike is in `riemannion_groups.py`.
 
 Each layer is a LoRA pair with change c * left @ right. Its first `rank` columns (rows) are the trained point X, held
 in the SVD gauge left = u sqrt(s / c), right = sqrt(s / c) v^T; further columns are a frozen anchor and never written.
@@ -13,7 +13,6 @@ one batch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
@@ -21,31 +20,39 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dreamrie.errors import ConfigError, NumericalError
-from dreamrie.fixed_rank import remove_component
-from dreamrie.riemannion_checks import LoraPairLike, check_options, check_pair, check_state
+from dreamrie.errors import ConfigError
+from dreamrie.riemannion_checks import LoraPairLike, check_options, check_state
+from dreamrie.riemannion_fast import fast_steps
+from dreamrie.riemannion_groups import (
+    COUNTERS,
+    count_skips,
+    group_of_pairs,
+    load_exactly,
+    tangent_norm,
+)
 from dreamrie.riemannion_layers import (
     Batch,
     Layer,
     anchor_of,
-    are_finite,
     are_own,
     by_shape,
     enter_point,
     layers_of,
-    read,
+    read_all,
     scaling_of,
-    split,
-    stack_gradients,
     with_gradients,
 )
-from dreamrie.riemannion_step import StepOptions, balanced_factors, fused_step
+from dreamrie.riemannion_maps import mapped_direction, noise_numbers
+from dreamrie.riemannion_rows import keep_rows, on_host, write_factors_
+from dreamrie.riemannion_sharing import shared_steps
+from dreamrie.riemannion_step import (
+    StepOptions,
+    StepResult,
+    Work,
+    balanced_factors,
+)
+from dreamrie.team import ALONE, Team
 
-logger = logging.getLogger(__name__)
-
-# One entry per layer: the first describe the model at hand, the second count.
-_DESCRIPTION = ("names", "scaling", "rank", "anchor_rank")
-_COUNTERS = ("skipped", "skipped_in_a_row", "floor_hits")
 # For pickles and states written before an option existed.
 _OPTIONS: dict[str, Any] = {
     "decay_to": "anchor",
@@ -53,6 +60,7 @@ _OPTIONS: dict[str, Any] = {
     "exact_norm": False,
     "inner_iters": 1,
     "max_consecutive_skips": 10,
+    "core_map": "msign",
 }
 
 
@@ -84,6 +92,7 @@ class Riemannion(Optimizer):
         exact_norm: divide each direction by its spectral norm, so that the step has norm lr exactly.
         inner_iters: repetitions of msign and projection, Eq. (13); 1 is Eq. (12).
         max_consecutive_skips: NumericalError once a layer was skipped so often in a row.
+        core_map: what becomes of the spectrum of the momentum, see dreamrie/core_maps.py; msign is Eq. (12).
 
     Raises:
         ConfigError: a bad option, no pairs, or a pair that cannot be trained (the message names it).
@@ -101,6 +110,7 @@ class Riemannion(Optimizer):
         exact_norm: bool = False,
         inner_iters: int = 1,
         max_consecutive_skips: int = 10,
+        core_map: str = "msign",
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -111,6 +121,7 @@ class Riemannion(Optimizer):
             "exact_norm": exact_norm,
             "inner_iters": inner_iters,
             "max_consecutive_skips": max_consecutive_skips,
+            "core_map": core_map,
         }
         check_options(defaults)
         given: list[Any] = list(pairs)
@@ -121,13 +132,27 @@ class Riemannion(Optimizer):
         groups = given if isinstance(given[0], dict) else [{"pairs": given}]
         super().__init__(groups, defaults)
 
+    team: Team = ALONE
+    """The processes that share the work, see `share_work`."""
+
+    def share_work(self, team: Team) -> None:
+        """Divide the layers of each step over processes that train together; the steps are the same, to the byte.
+
+        Factors, state and the gradients at a step must be equal on all of them, and all must call `step`. Every process
+        ends up with all factors and all state, so `state_dict` and loading are as without a team.
+
+        Args:
+            team: see `Team.here`; a team of one ends the sharing.
+        """
+        self.team = team
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; options that an older version did not know take their defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in (_OPTIONS | self.defaults).items():
                 group.setdefault(key, value)
-            for key in _COUNTERS:
+            for key in COUNTERS:
                 group.setdefault(key, [0] * (len(group["params"]) // 2))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -139,33 +164,9 @@ class Riemannion(Optimizer):
         Raises:
             ConfigError: "pairs" is missing or empty, an option is bad, or a pair cannot be trained.
         """
-        group = dict(param_group)
-        pairs: list[LoraPairLike] = list(group.pop("pairs", ()))
-        if not pairs or "params" in group:
-            raise ConfigError(
-                f"Riemannion: a parameter group needs a non-empty 'pairs' and no 'params', got keys "
-                f"{sorted(param_group)}. Two factors of one layer belong together: pass LoRA pairs."
-            )
-        for key, value in self.defaults.items():
-            group.setdefault(key, value)
+        taken = [p for other in self.param_groups for p in other["params"]]
+        group = group_of_pairs("Riemannion", param_group, self.defaults, taken)
         check_options(group)
-        taken = {id(p) for other in self.param_groups for p in other["params"]}
-        for pair in pairs:
-            check_pair(pair)
-            for parameter in (pair.left, pair.right):
-                if id(parameter) in taken:
-                    raise ConfigError(
-                        f"Riemannion: a factor of {pair.name} is given twice. Pass each LoRA layer once; tied layers "
-                        "are not supported."
-                    )
-                taken.add(id(parameter))
-        group["params"] = [p for pair in pairs for p in (pair.left, pair.right)]
-        group["names"] = [str(pair.name) for pair in pairs]
-        group["scaling"] = [float(pair.scaling) for pair in pairs]
-        group["rank"] = [int(pair.rank) for pair in pairs]
-        group["anchor_rank"] = [int(pair.anchor_rank) for pair in pairs]
-        for key in _COUNTERS:
-            group[key] = [0] * len(pairs)
         super().add_param_group(group)
 
     @overload
@@ -193,21 +194,30 @@ class Riemannion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches: list[Batch] = []
+        batches = read_all(
+            [
+                layers
+                for group in self.param_groups
+                for layers in by_shape(with_gradients(layers_of(group)))
+            ],
+            self.state,
+        )
+        results = list(self._results(batches))
         skipped: list[Layer] = []
-        for group in self.param_groups:
-            for layers in by_shape(with_gradients(layers_of(group))):
-                finite, infinite = split(layers, are_finite(stack_gradients(layers)))
-                skipped += infinite
-                if finite:
-                    batches.append(read(finite, self.state))
-        for batch in batches:
-            skipped += self._advance(batch)
+        reports = on_host(batches, results)
+        for batch, result, report in zip(batches, results, reports, strict=True):
+            skipped += self._commit(batch, result, report)
         self._count_skips(skipped)
         return loss
 
-    def _advance(self, batch: Batch) -> list[Layer]:
-        """Step one batch and commit it; returns the layers that were not finite."""
+    def _results(self, batches: list[Batch]) -> Iterable[StepResult]:
+        """Step each batch, alone or with the team; nothing is written."""
+        if self.team.size == 1 or not batches:
+            return fast_steps([self._work(batch) for batch in batches])
+        return shared_steps(self.team, batches, lambda batch: fast_steps([self._work(batch)])[0])
+
+    def _work(self, batch: Batch) -> Work:
+        """What the step takes, for one batch."""
         layers, group = batch.layers, batch.layers[0].group
         lr = group["lr"]
         options = StepOptions(
@@ -216,46 +226,34 @@ class Riemannion(Optimizer):
         )
         anchored = group["decay_to"] == "anchor" and group["weight_decay"] and layers[0].anchor_rank
         anchor = anchor_of(layers) if anchored else None
-        result = fused_step(batch.state, batch.gradient_v, batch.gradient_t_u, options, anchor)
+        direction = mapped_direction(group, batch, self.state)
+        return Work(batch.state, batch.gradient_v, batch.gradient_t_u, options, anchor, direction)
+
+    def _commit(self, batch: Batch, result: StepResult, report: list[list[int]]) -> list[Layer]:
+        """Write the step of a batch; returns the layers that were not finite."""
+        layers, group = batch.layers, batch.layers[0].group
         new, scaling = result.state, scaling_of(layers)
         columns = [balanced_factors(frame, new.s, scaling) for frame in (new.u, new.v)]
-        hits = result.floor_hits + batch.lifted
-        # One transfer to the host per batch; the factors are written for layers that moved and no others.
-        report = torch.stack([result.ok.long(), result.moved.long(), hits]).T.tolist()
+        numbers = noise_numbers(group, batch, self.state)
         skipped: list[Layer] = []
+        stepped: list[int] = []
+        written: list[int] = []
         for row, (layer, (ok, moved, lifted)) in enumerate(zip(layers, report, strict=True)):
             if not ok:
                 skipped.append(layer)
                 continue
             group["skipped_in_a_row"][layer.index] = 0
             group["floor_hits"][layer.index] += lifted
-            for side, factor in enumerate(layer.factors):
-                entry = self.state[factor.parameter]
-                _store_(entry, "basis", (new.u, new.v)[side][row])
-                _store_(entry, "momentum", (new.m_left, new.m_right)[side][row])
-                if moved:
-                    factor.write_(columns[side][row])
-            _store_(self.state[layer.tall.parameter], "singular_values", new.s[row])
+            stepped.append(row)
+            if moved:
+                written.append(row)
+        keep_rows(layers, stepped, new, numbers, self.state)
+        write_factors_(layers, written, *columns)
         return skipped
 
     def _count_skips(self, layers: list[Layer]) -> None:
         """Count skipped layers; raise when one was skipped too often in a row."""
-        if not layers:
-            return
-        logger.warning(
-            "gradient not finite, left as they are: %s", [layer.name for layer in layers]
-        )
-        stuck = []
-        for layer in layers:
-            layer.group["skipped"][layer.index] += 1
-            layer.group["skipped_in_a_row"][layer.index] += 1
-            if layer.group["skipped_in_a_row"][layer.index] >= layer.group["max_consecutive_skips"]:
-                stuck.append(layer.name)
-        if stuck:
-            raise NumericalError(
-                f"Riemannion: max_consecutive_skips reached, the gradients of {stuck} were not finite in so many steps "
-                "in a row. Lower the learning rate, train in fp32 or bf16, or look at the data of these steps."
-            )
+        count_skips("Riemannion", layers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of an equally built optimizer returned, before or after its first step.
@@ -269,33 +267,12 @@ class Riemannion(Optimizer):
         Raises:
             ConfigError: the state is of other layers, ranks or shapes. Nothing is changed.
         """
-        own = [{key: group[key] for key in _DESCRIPTION} for group in self.param_groups]
-        checked: dict[str, Any] = {}
-
-        def check(_: Optimizer, given: dict[str, Any]) -> None:
-            check_state(self.param_groups, given)
-            checked.update(given)
-
-        def restore(_: Optimizer) -> None:
-            for group, description, saved in zip(
-                self.param_groups, own, checked["param_groups"], strict=True
-            ):
-                group.update(description)
-                for parameter, key in zip(group["params"], saved["params"], strict=True):
-                    if key in checked["state"]:
-                        self.state[parameter] = {
-                            name: value.detach().to(parameter.device, copy=True)
-                            for name, value in checked["state"][key].items()
-                        }
-
-        # Last before and first after, so that hooks of others may change the input and see the final state.
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+        load_exactly(
+            self,
+            super().load_state_dict,
+            state_dict,
+            lambda given: check_state(self.param_groups, given),
+        )
 
     @property
     def skipped_steps(self) -> int:
@@ -333,20 +310,6 @@ class Riemannion(Optimizer):
             ConfigError: as in `step`.
             NumericalError: a layer holds non-finite factors.
         """
-        total = torch.zeros((), dtype=torch.float64)
-        for group in self.param_groups:
-            for layers in by_shape(with_gradients(layers_of(group))):
-                batch = read(layers, self.state)
-                normal = remove_component(batch.state.u, batch.gradient_v)
-                total = total + (normal.square().sum() + batch.gradient_t_u.square().sum()).to(
-                    total
-                )
-        return total.sqrt()
-
-
-def _store_(entry: dict[str, Any], key: str, value: Tensor) -> None:
-    """Copy a row of a batch into the state, without keeping the batch alive."""
-    if key in entry:
-        entry[key].copy_(value)
-    else:
-        entry[key] = value.clone()
+        return tangent_norm(
+            [x for group in self.param_groups for x in layers_of(group)], self.state
+        )

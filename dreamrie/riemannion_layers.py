@@ -31,6 +31,13 @@ from dreamrie.fixed_rank import (
     transport,
     working_dtype,
 )
+from dreamrie.riemannion_rows import (
+    can_stack,
+    column_of,
+    equal_rows,
+    stack_columns,
+    stack_rows,
+)
 from dreamrie.riemannion_step import FusedState, balanced_factors, recover
 
 if TYPE_CHECKING:
@@ -58,14 +65,15 @@ class Factor(NamedTuple):
         shape = self.parameter.shape
         return math.prod(shape[1:]) if self.is_right else shape[0]
 
+    def trained(self, rank: int) -> Tensor:
+        """Return the first columns where they lie in the parameter, in its own shape."""
+        parameter = self.parameter.detach()
+        return parameter[:rank] if self.is_right else parameter[:, :rank]
+
     def write_(self, columns: Float[Tensor, "n k"]) -> None:
         """Write the first k columns; the others keep their bytes."""
-        rank = columns.shape[-1]
-        if self.is_right:
-            target, columns = self.parameter.detach()[:rank], columns.mT
-        else:
-            target = self.parameter.detach()[:, :rank]
-        target.copy_(columns.reshape(target.shape))
+        target = self.trained(columns.shape[-1])
+        target.copy_((columns.mT if self.is_right else columns).reshape(target.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,33 +176,42 @@ def with_gradients(layers: list[Layer]) -> list[Layer]:
         elif any(there):
             side = "right" if (layer.short if there[0] else layer.tall).is_right else "left"
             raise ConfigError(
-                f"Riemannion: layer {layer.name} has a gradient for one factor, the {side} one has none; both are "
+                f"layer {layer.name} has a gradient for one factor, the {side} one has none; both are "
                 "needed, half of the tangent space is unknown. Train both factors or freeze both."
             )
     return kept
 
 
+def gather(factors: list[Factor], tensors: list[Tensor], start: int, stop: int) -> Tensor:
+    """Stack columns start:stop of factors, or of tensors of their shapes, (layers, rows, k)."""
+    sides = [factor.is_right for factor in factors]
+    if can_stack(tensors, sides):
+        return stack_columns(tensors, sides, start, stop)
+    pairs = zip(factors, tensors, strict=True)
+    return torch.stack([factor.columns(tensor, start, stop) for factor, tensor in pairs])
+
+
 def stack_trained(layers: list[Layer]) -> tuple[Tensor, Tensor]:
     """Stack the trained columns of both factors, (layers, rows, r) each."""
-    tall = torch.stack(
-        [layer.tall.columns(layer.tall.parameter, 0, layer.rank) for layer in layers]
+    rank = layers[0].rank
+    tall, short = [layer.tall for layer in layers], [layer.short for layer in layers]
+    return (
+        gather(tall, [factor.parameter for factor in tall], 0, rank),
+        gather(short, [factor.parameter for factor in short], 0, rank),
     )
-    short = [layer.short.columns(layer.short.parameter, 0, layer.rank) for layer in layers]
-    return tall, torch.stack(short)
 
 
 def stack_gradients(layers: list[Layer]) -> tuple[Tensor, Tensor]:
     """Stack the gradients of the trained columns, (layers, rows, r) each; all layers have them."""
     sides = []
-    for side in (0, 1):
-        columns = []
-        for layer in layers:
-            factor = layer.factors[side]
+    for factors in ([layer.tall for layer in layers], [layer.short for layer in layers]):
+        gradients = []
+        for layer, factor in zip(layers, factors, strict=True):
             gradient = factor.parameter.grad
             if gradient is None or gradient.is_sparse:
-                raise ConfigError(f"Riemannion: layer {layer.name} has no dense gradient.")
-            columns.append(factor.columns(gradient, 0, layer.rank))
-        sides.append(torch.stack(columns))
+                raise ConfigError(f"layer {layer.name} has no dense gradient.")
+            gradients.append(gradient)
+        sides.append(gather(factors, gradients, 0, layers[0].rank))
     return sides[0], sides[1]
 
 
@@ -203,33 +220,27 @@ def stack_state(layers: list[Layer], state: State) -> FusedState:
     tall = [state[layer.tall.parameter] for layer in layers]
     short = [state[layer.short.parameter] for layer in layers]
     return FusedState(
-        torch.stack([entry["basis"] for entry in tall]),
-        torch.stack([entry["singular_values"] for entry in tall]),
-        torch.stack([entry["basis"] for entry in short]),
-        torch.stack([entry["momentum"] for entry in tall]),
-        torch.stack([entry["momentum"] for entry in short]),
+        stack_rows([entry["basis"] for entry in tall]),
+        stack_rows([entry["singular_values"] for entry in tall]),
+        stack_rows([entry["basis"] for entry in short]),
+        stack_rows([entry["momentum"] for entry in tall]),
+        stack_rows([entry["momentum"] for entry in short]),
     )
 
 
 def scaling_of(layers: list[Layer], dtype: torch.dtype | None = None) -> Float[Tensor, "layers 1"]:
     """Return the LoRA scalings as a column."""
     parameter = layers[0].tall.parameter
-    values = [[layer.scaling] for layer in layers]
-    return torch.tensor(
-        values, dtype=dtype or working_dtype(parameter.dtype), device=parameter.device
-    )
+    values = tuple(layer.scaling for layer in layers)
+    return column_of(values, dtype or working_dtype(parameter.dtype), parameter.device)
 
 
 def anchor_of(layers: list[Layer]) -> Factors:
     """Return the frozen start X0 as factors; the sign that makes the layer compute X - X0 is taken out."""
     sides = []
-    for side in (0, 1):
-        columns = []
-        for layer in layers:
-            factor = layer.factors[side]
-            stop = layer.rank + layer.anchor_rank
-            columns.append(factor.columns(factor.parameter, layer.rank, stop))
-        stacked = torch.stack(columns)
+    start, stop = layers[0].rank, layers[0].rank + layers[0].anchor_rank
+    for factors in ([layer.tall for layer in layers], [layer.short for layer in layers]):
+        stacked = gather(factors, [factor.parameter for factor in factors], start, stop)
         sides.append(stacked.to(working_dtype(stacked.dtype)))
     return Factors(-scaling_of(layers).unsqueeze(-1) * sides[0], sides[1])
 
@@ -247,29 +258,43 @@ def have_state(layers: list[Layer], state: State) -> list[bool]:
 
 
 def are_own(layers: list[Layer], state: State) -> list[bool]:
-    """Tell for each layer whether its factors are bit for bit what its state wrote.
+    """Tell for each layer, of any shape, whether its factors are bit for bit what its state wrote.
 
     Comparing tensor versions would be cheaper but misses writes through `.data` and does not survive a checkpoint.
     """
     known = have_state(layers, state)
-    stored, _ = split(layers, known)
-    if not stored:
+    shapes = by_shape(split(layers, known)[0])
+    if not shapes:
         return known
-    points, scaling = stack_state(stored, state), scaling_of(stored)
-    same = torch.ones(len(stored), dtype=torch.bool, device=points.u.device)
-    for frame, current in zip((points.u, points.v), stack_trained(stored), strict=True):
-        written = balanced_factors(frame, points.s, scaling).to(current.dtype)
-        same &= (current == written).all(dim=-1).all(dim=-1)
-    verdict = iter(same.tolist())
-    return [there and next(verdict) for there in known]
+    flags = [_as_written(alike, state) for alike in shapes]
+    # One transfer to the host for all of them.
+    verdicts = iter(torch.cat([flag.to(flags[0].device) for flag in flags]).tolist())
+    own = {id(layer) for alike in shapes for layer in alike if next(verdicts)}
+    return [id(layer) in own for layer in layers]
 
 
-def read(layers: list[Layer], state: State) -> Batch:
+def _as_written(layers: list[Layer], state: State) -> Tensor:
+    """Tell for each layer of a shape whether it has the factors that its state wrote, (layers,)."""
+    points, scaling = stack_state(layers, state), scaling_of(layers)
+    same = torch.ones(len(layers), dtype=torch.bool, device=points.u.device)
+    for frame, current in zip((points.u, points.v), stack_trained(layers), strict=True):
+        same &= equal_rows(current, balanced_factors(frame, points.s, scaling).to(current.dtype))
+    return same
+
+
+def read_all(shapes: list[list[Layer]], state: State) -> list[Batch]:
+    """Read layers of several shapes, see `read`; one transfer to the host."""
+    own = iter(are_own([layer for layers in shapes for layer in layers], state))
+    return [read(layers, state, [next(own) for _ in layers]) for layers in shapes]
+
+
+def read(layers: list[Layer], state: State, own: list[bool] | None = None) -> Batch:
     """Read points, momenta and gradients of layers of one shape.
 
     Args:
-        layers: of one shape, with finite gradients.
+        layers: of one shape.
         state: of the optimizer; not written.
+        own: what `are_own` says of them, if it has been asked.
 
     Returns:
         The batch; its layers may be in another order.
@@ -278,8 +303,10 @@ def read(layers: list[Layer], state: State) -> Batch:
         ConfigError: the product of a layer's factors has a rank below r.
         NumericalError: the factors of a layer are not finite.
     """
-    own, foreign = split(layers, are_own(layers, state))
-    parts = [reader(part, state) for part, reader in ((own, _read_own), (foreign, _enter)) if part]
+    known, foreign = split(layers, are_own(layers, state) if own is None else own)
+    parts = [
+        reader(part, state) for part, reader in ((known, _read_own), (foreign, _enter)) if part
+    ]
     if len(parts) == 1:
         return parts[0]
     first, second = parts
@@ -355,7 +382,7 @@ def _check_rank(layers: list[Layer], factors: tuple[Tensor, Tensor], eps: float)
     for layer, finite in zip(layers, are_finite(factors), strict=True):
         if not finite:
             raise NumericalError(
-                f"Riemannion: the factors of layer {layer.name} are not finite. Load a sound adapter before training."
+                f"the factors of layer {layer.name} are not finite. Load a sound adapter before training."
             )
     rank = layers[0].rank
     for factor in factors:
@@ -366,7 +393,7 @@ def _check_rank(layers: list[Layer], factors: tuple[Tensor, Tensor], eps: float)
         for layer, value in zip(layers, smallest, strict=True):
             if value <= rank * eps:
                 raise ConfigError(
-                    f"Riemannion: the LoRA product of layer {layer.name} has a rank below {rank} (a fresh LoRA layer "
+                    f"the LoRA product of layer {layer.name} has a rank below {rank} (a fresh LoRA layer "
                     "has one factor zero), and there is no tangent space at such a point. Start from "
                     "dreamrie.attach_lora(..., init='orthonormal') and dreamrie.locally_optimal_init(...)."
                 )

@@ -24,6 +24,7 @@ Source: arXiv:2507.12142, Alg. 4 as corrected in docs/method.md 4.1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -57,6 +58,10 @@ class StepOptions(NamedTuple):
     sigma_floor: float = 1e-8
     exact_norm: bool = False
     inner_iters: int = 1
+
+
+Direction = Callable[[Tensor, Tensor, int], Tensor]
+"""From R_left, R_right and r to the core of a tangent direction."""
 
 
 class StepResult(NamedTuple):
@@ -150,12 +155,24 @@ def move_momentum(
     )
 
 
+class Work(NamedTuple):
+    """What `fused_step` takes, for one batch of several."""
+
+    state: FusedState
+    gradient_v: Float[Tensor, "*batch out r"]
+    gradient_t_u: Float[Tensor, "*batch in_ r"]
+    options: StepOptions
+    anchor: Factors | None = None
+    core_direction: Direction | None = None
+
+
 def fused_step(
     state: FusedState,
     gradient_v: Float[Tensor, "*batch out r"],
     gradient_t_u: Float[Tensor, "*batch in_ r"],
     options: StepOptions,
     anchor: Factors | None = None,
+    core_direction: Direction | None = None,
 ) -> StepResult:
     """Take one Riemannion step for a batch of layers of one shape.
 
@@ -165,6 +182,7 @@ def fused_step(
         gradient_t_u: G^T u.
         options: see `StepOptions`.
         anchor: X0 = left right^T, (*, out, k) and (*, in, k): decay pulls towards it; None: towards zero.
+        core_direction: in the place of steps 5 to 7, from R_left, R_right and r to a core without lower-right block.
 
     Returns:
         New state; without `ok` a layer keeps all of it to the bit, without `moved` it keeps its point to the bit.
@@ -191,7 +209,10 @@ def fused_step(
     q_right, r_right = torch.linalg.qr(torch.cat(rights, dim=-1))
 
     core = cross_core(r_left, r_right, rank)
-    direction = tangent_direction(core, rank, options)
+    if core_direction is None:
+        direction = tangent_direction(core, rank, options)
+    else:
+        direction = core_direction(r_left, r_right, rank)
     left, values, right = thin_svd(combine(r_left, r_right, state.s, direction, options, anchored))
     left, values, right = left[..., :rank], values[..., :rank], right[..., :rank]
     new_m_left, new_m_right = move_momentum(core, q_left, q_right, left, right)

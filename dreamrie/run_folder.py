@@ -16,6 +16,10 @@ from dreamrie.errors import CheckpointError, ConfigError
 logger = logging.getLogger(__name__)
 
 ADAPTER = "pytorch_lora_weights.safetensors"
+# A PEFT folder is two files; the settings come first, as they are written first.
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (*PEFT_FILES, ADAPTER)
+"""Whatever of these a run has saved is its adapter."""
 LOCK = ".lock"
 CARD = "README.md"
 CARD_MARK = "<!-- written by dreamrie -->"
@@ -25,7 +29,7 @@ MARKS = ("run.json", ADAPTER)
 RUN_FILES = (
     *("samples", "scored", "best", "logs"),
     *("scores.jsonl", "scores.png", "metrics.jsonl", "spectrum.jsonl"),
-    *("adapter_model.safetensors", "adapter_config.json"),
+    *PEFT_FILES,
     CARD,
     "config.yaml",
     *MARKS,
@@ -166,6 +170,18 @@ def folder_for_older_run(folder: Path) -> Path | None:
     while (folder / f"previous-{number}").exists():
         number += 1
     return folder / f"previous-{number}"
+
+
+def is_of_texts(folder: Path) -> bool:
+    """Whether a folder is that of a language model's run, by its adapter.
+
+    Args:
+        folder: output folder.
+
+    Returns:
+        True for a PEFT folder that holds no adapter of a diffusion model.
+    """
+    return (folder / PEFT_FILES[1]).is_file() and not (folder / ADAPTER).exists()
 
 
 def is_own_card(path: Path) -> bool:

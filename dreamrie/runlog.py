@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -52,11 +53,17 @@ BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {rem
 def start_logging(verbose: bool) -> None:
     """Set up a command: messages on standard error, a crash in one line unless `verbose`.
 
+    Of several processes that torchrun or accelerate has launched, only the first one reports; the others say what
+    goes wrong.
+
     Args:
         verbose: show debug messages, and where a crash happened.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("dreamrie").setLevel(logging.DEBUG if verbose else logging.INFO)
+    level = logging.DEBUG if verbose else logging.INFO
+    if os.environ.get("RANK", "0") != "0":
+        level = logging.ERROR
+    logging.getLogger("dreamrie").setLevel(level)
     sys.excepthook = sys.__excepthook__ if verbose else _short_crash
 
 

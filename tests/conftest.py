@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import socket
@@ -49,6 +50,17 @@ settings.load_profile(
 
 # Sums in a fixed order: small matrices are fastest, and repeatable to the bit, on one thread.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later collections: accelerate collects the whole heap after every training."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What was left out can go now; some libraries count what is still there when the process ends."""
+    gc.unfreeze()
 
 
 def _load_with_shape_checks() -> None:

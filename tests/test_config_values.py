@@ -9,6 +9,7 @@ import yaml
 
 from dreamrie.config import make_config, parse_config, parse_yaml, to_yaml
 from dreamrie.errors import ConfigError
+from dreamrie.optimizer_table import OPTIMIZERS
 from tests.small_settings import NEEDED, NEEDED_VALUES, settings_file
 
 
@@ -93,12 +94,37 @@ def test_settings_of_the_pictures_are_passed_on_and_read_back_equal(tmp_path: Pa
     assert yaml.safe_load(to_yaml(config))["background_color"] == "#0AbcFF"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "loraplus", "scaledgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "loraplus", "rprec_adamw", "muon", "lora_rite"])
 def test_without_an_init_factor_wise_optimizers_train_the_usual_lora(optimizer: str) -> None:
     config = parse_config([*NEEDED, "--optimizer", optimizer])
     assert (config.adapter.init, config.adapter.attach_init) == ("default", "default")
     named = parse_config([*NEEDED, "--optimizer", optimizer, "--init", "loi"])
     assert (named.adapter.init, named.adapter.attach_init) == ("loi", "orthonormal")
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_defaults_follow_the_table_of_optimizers(name: str, tmp_path: Path) -> None:
+    """And what is passed to the builder is what the table knows of."""
+    entry = OPTIMIZERS[name]
+    config = parse_config([*NEEDED, "--optimizer", name])
+    settings = config.optimizer
+    assert settings.values == {
+        "lr": entry.learning_rate,
+        "weight_decay": 0.0,
+        "momentum": entry.momentum,
+        "core_map": None,
+        "bias_correction": None,
+    }
+    assert settings.max_grad_norm == entry.max_grad_norm
+    assert settings.spectral_step == (entry.learning_rate if entry.bounded_step else None)
+    assert config.adapter.init == ("loi" if entry.needs_rank else "default")
+    assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
+
+
+def test_switches_of_an_optimizer_reach_it() -> None:
+    flags = ["--optimizer", "riemann_adam", "--no_bias_correction"]
+    assert parse_config([*NEEDED, *flags]).optimizer.values["bias_correction"] is False
+    assert parse_config([*NEEDED, "--core_map", "namo"]).optimizer.values["core_map"] == "namo"
 
 
 def test_guidance_follows_the_model_unless_it_is_given() -> None:

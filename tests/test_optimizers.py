@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import dreamrie.trainer as loop
 from dreamrie.errors import ConfigError
 from dreamrie.lora import attach_lora
 from dreamrie.optimizers import OPTIMIZERS, build_optimizer, describe_optimizer, trained_numbers
+from dreamrie.optimizers.pair_optimizer import PairOptimizer
 from dreamrie.riemannion import Riemannion
-from tests.small_task import RANK, SIZES, SmallTask
+from tests.small_task import RANK, SIZES, SmallTask, train_small
+from tests.strategies import Pair, Quadratic, run
 
-PLAIN = sorted(set(OPTIMIZERS) - {"riemannion"})
+PLAIN = sorted(name for name, entry in OPTIMIZERS.items() if entry.anchor == "trained")
 
 
 def stepped(name: str, init: str, **options: Any) -> tuple[SmallTask, list[Tensor], list[Tensor]]:
@@ -36,7 +40,7 @@ def stepped(name: str, init: str, **options: Any) -> tuple[SmallTask, list[Tenso
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_factor_is_in_one_group(name: str) -> None:
-    task = SmallTask(init="orthonormal" if name == "riemannion" else "default")
+    task = SmallTask(init="orthonormal" if OPTIMIZERS[name].needs_rank else "default")
     optimizer = build_optimizer(name, task.pairs, lr=1e-3)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     wanted = [id(p) for pair in task.pairs for p in (pair.left, pair.right)]
@@ -59,9 +63,9 @@ def test_loraplus_moves_the_output_side_sixteen_times_as_far() -> None:
         torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_scaledgd_preconditions_by_the_other_factor() -> None:
+def test_rprec_adamw_preconditions_by_the_other_factor() -> None:
     """AdamW's first step has the sign of (B^T B + 0.01)^-1 g for the input side."""
-    task, before, gradients = stepped("scaledgd", "default", lr=1e-3)
+    task, before, gradients = stepped("rprec_adamw", "default", lr=1e-3)
     differing = 0
     for index in range(len(task.pairs)):
         left, right = before[2 * index : 2 * index + 2]
@@ -72,6 +76,84 @@ def test_scaledgd_preconditions_by_the_other_factor() -> None:
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
         differing += int((scaled.sign() != gradient.sign()).sum())
     assert differing >= 2  # so plain AdamW would be noticed
+
+
+def test_sgd_is_torchs() -> None:
+    """First step: the decay joins the gradient, and momentum starts from it."""
+    task, before, gradients = stepped("sgd", "default", lr=0.05, weight_decay=0.5)
+    for old, new, gradient in zip(before, task.factors(), gradients, strict=True):
+        torch.testing.assert_close(new, old - 0.05 * (gradient + 0.5 * old), rtol=1e-5, atol=1e-7)
+
+
+def test_lorafa_moves_lora_b_alone_by_its_projected_gradient() -> None:
+    """AdamW's first step has the sign of g (A A^T)^-1; no gradient of lora_A is even computed."""
+    task = SmallTask(init="default", dtype=torch.float32)
+    optimizer = build_optimizer("lorafa", task.pairs, lr=1e-3)
+    before = task.factors()
+    task.loss(task.batch(1, 0)).backward()
+    differing = 0
+    wanted = []
+    for index, pair in enumerate(task.pairs):
+        gradient, right = pair.left.grad, before[2 * index + 1]
+        assert gradient is not None
+        assert pair.right.grad is None
+        projected = torch.linalg.solve(right @ right.T, gradient.T).T
+        differing += int((projected.sign() != gradient.sign()).sum())
+        wanted.append(before[2 * index] - 1e-3 * projected.sign())
+    optimizer.step()
+    assert differing >= 2  # so plain AdamW would be noticed
+    for index, expected in enumerate(wanted):
+        torch.testing.assert_close(task.factors()[2 * index], expected, rtol=0, atol=2e-5)
+        assert torch.equal(task.factors()[2 * index + 1], before[2 * index + 1])
+
+
+def test_lorafa_refuses_anchors_and_convolutions() -> None:
+    with pytest.raises(ConfigError, match="lorafa takes no anchored adapter"):
+        build_optimizer("lorafa", SmallTask().pairs, lr=0.1)
+    pairs = attach_lora(nn.Sequential(nn.Conv2d(6, 9, 3)), 2, ["0"], init="default")
+    with pytest.raises(ConfigError, match="lorafa takes matrices only, 0 is a convolution"):
+        build_optimizer("lorafa", pairs, lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["riemann_adam", "lora_muon", "imuon", "lora_rite"])
+def test_ours_train_convolutions_by_their_matrix(name: str) -> None:
+    """A kernel (out, in, 3, 3) steps as the (out, 9 in) matrix that it is."""
+    results = []
+    for shape in ((2, 6, 3, 3), (2, 54)):
+        left, right = (
+            torch.randn(n, generator=torch.Generator().manual_seed(n[1])) for n in ((9, 2), (2, 54))
+        )
+        end = (9, 2, 1, 1) if len(shape) == 4 else (9, 2)
+        pair = Pair(
+            "layer",
+            nn.Parameter(left.reshape(end).clone()),
+            nn.Parameter(right.reshape(shape).clone()),
+            0.5,
+            2,
+        )
+        optimizer = build_optimizer(name, [pair], lr=0.1)  # type: ignore[list-item]
+        run(optimizer, Quadratic([pair]), 3)
+        results.append(pair.x)
+    assert torch.equal(results[0], results[1])
+    assert float((results[0] - 0.5 * left @ right).norm()) > 0.05
+
+
+def test_the_trainer_logs_the_norm_without_the_anchor(tmp_path: Path) -> None:
+    """Of the columns that are trained, or of the Riemannian gradient; clipping uses the same number."""
+    for name in ("lora_muon", "riemann_adam"):
+        outcome = train_small(loop, tmp_path / name, SmallTask(), name=name, lr=0.02)
+        task = SmallTask()
+        task.loss(task.batch(1, 0)).backward()
+        optimizer = build_optimizer(name, task.pairs, lr=0.02)
+        assert isinstance(optimizer, PairOptimizer)
+        wanted = float(optimizer.gradient_norm())
+        everything = [
+            p.grad for pair in task.pairs for p in (pair.left, pair.right) if p.grad is not None
+        ]
+        # At the start both halves have the same gradient, and the tangent norm is another number.
+        counted = float(nn.utils.get_total_norm(everything)) / wanted
+        assert counted == pytest.approx(2**0.5, rel=1e-9) if name == "lora_muon" else counted < 0.5
+        assert outcome.steps[0]["grad_norm"] == pytest.approx(wanted, rel=1e-9)
 
 
 def test_muon_moves_each_factor_by_an_orthogonal_matrix() -> None:
@@ -135,6 +217,8 @@ def test_trained_numbers() -> None:
     assert trained_numbers("riemannion", anchored) == sides * RANK
     assert trained_numbers("adamw", anchored) == sides * 2 * RANK
     assert trained_numbers("adamw", plain) == sides * RANK
+    assert trained_numbers("imuon", anchored) == sides * RANK
+    assert trained_numbers("lorafa", plain) == (SIZES[1] + SIZES[2]) * RANK
 
 
 def test_riemannion_refuses_a_start_of_rank_zero() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dreamrie import riemannion_rows
 from dreamrie.riemannion import Riemannion
 from tests.small_optimizer import stepped
 from tests.strategies import (
@@ -257,14 +258,14 @@ def test_layers_of_one_shape_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> N
 
     pairs = make_pairs()
     optimizer = Riemannion(pairs, lr=0.02)
-    batches = []
-    real = module.fused_step
+    batches: list[tuple[int, ...]] = []
+    real = module.fast_steps
 
-    def counted(state: Any, *rest: Any) -> Any:
-        batches.append(tuple(state.u.shape))
-        return real(state, *rest)
+    def counted(works: Any) -> Any:
+        batches.extend(tuple(work.state.u.shape) for work in works)
+        return real(works)
 
-    monkeypatch.setattr(module, "fused_step", counted)
+    monkeypatch.setattr(module, "fast_steps", counted)
     run(optimizer, Quadratic(pairs), 1)
     assert sorted(batches) == [(1, 7, 4), (1, 9, 3), (2, 10, 2)]
 
@@ -281,3 +282,34 @@ def test_anchored_start_is_exact() -> None:
             )
         optimizer.step()
     assert all(float(pair.change.abs().max()) < 1e-12 for pair in pairs)
+
+
+def test_factors_are_written_alike_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written whole, as on a GPU: the same bytes, those of the anchor included."""
+    paths = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(riemannion_rows, "_COPY_WHOLE", devices)
+        pairs = make_pairs(ANCHORED)
+        anchors = [pair.left.detach()[:, pair.rank :].clone() for pair in pairs]
+        run(Riemannion(pairs, lr=0.02, weight_decay=0.1), Quadratic(pairs), 3)
+        for pair, anchor in zip(pairs, anchors, strict=True):
+            assert torch.equal(pair.left.detach()[:, pair.rank :], anchor)
+        paths.append([p.detach() for pair in pairs for p in (pair.left, pair.right)])
+    assert all(torch.equal(a, b) for a, b in zip(*paths, strict=True))
+    start = make_pairs(ANCHORED)
+    assert float((paths[0][0] - start[0].left.detach()).norm()) > 1e-3
+
+
+def test_the_state_is_not_copied_to_be_stacked() -> None:
+    """After a step the state of a shape is rows of one tensor, in whatever order it was written."""
+    pairs = [make_pair(Layer(40, 30, 4, 0.5), 10 * k, torch.float32) for k in range(3)]
+    optimizer = Riemannion(pairs, lr=0.02)
+    run(optimizer, Quadratic(pairs), 2)
+    for key in ("basis", "momentum", "singular_values"):
+        rows = [optimizer.state[pair.left][key] for pair in pairs]
+        stacked = riemannion_rows.stack_rows(rows)
+        assert stacked.data_ptr() == rows[0].data_ptr()
+        assert all(torch.equal(a, b) for a, b in zip(stacked, rows, strict=True))
+        other = riemannion_rows.stack_rows(rows[::-1])
+        assert other.data_ptr() != rows[-1].data_ptr()
+        assert all(torch.equal(a, b) for a, b in zip(other, rows[::-1], strict=True))

@@ -20,8 +20,8 @@ from dreamrie.config.schema import (
     Count,
     Group,
     OptimizerSettings,
+    OutputSettings,
     PathText,
-    RecordSettings,
     RunSettings,
     ScheduleSettings,
     StartSettings,
@@ -40,6 +40,11 @@ class LlmModelSettings(Group):
     base_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision in which the base model is kept in memory"
     )
+    quantization: Literal["nf4", "int8", "torchao_int8"] | None = Field(
+        None,
+        description="pack the linear layers of the base model while loading it: nf4 and int8 need bitsandbytes, "
+        "torchao_int8 needs torchao",
+    )
 
 
 class LlmDataSettings(Group):
@@ -47,13 +52,18 @@ class LlmDataSettings(Group):
 
     data: Texts = Field(
         description="files, or folders that hold TASK.train.jsonl; commonsense rows, the layout of LLM-Adapters, or "
-        "messages"
+        "messages; or datasets:NAME, a data set on the Hub (needs the package datasets)"
     )
     tasks: Texts = Field(
         default_factory=list, description="use only rows of these tasks; none: all of them"
     )
     rows_per_task: Count | None = Field(
         None, description="use only the first so many rows of each task; default: all of them"
+    )
+    answers: Literal["name", "text"] = Field(
+        "name",
+        description="of commonsense rows. name: the choices are listed, and the answer names one; text: the question "
+        "alone, and the answer is a choice itself, which small models are better at",
     )
     template: Literal["chat", "plain"] | None = Field(
         None,
@@ -110,16 +120,23 @@ class LlmValidationSettings(Group):
         description="files of rows with choices, or folders that hold TASK.test.jsonl; none: no validation",
     )
     validation_rows: Count = Field(100, description="use the first so many rows of each task")
-    validation_steps: Count = Field(
-        100, description="measure before training, every so many steps, and at the end"
+    score_steps: Count = Field(
+        100,
+        description="measure before training, every so many steps, and at the end, and keep the most accurate adapter "
+        "in best/",
     )
 
 
-class LlmRecordSettings(RecordSettings):
+class LlmRecordSettings(OutputSettings):
     """What is written, and where."""
 
     output_dir: PathText = Field(
         Path("runs/llm"), description="folder for the adapter, settings and metrics"
+    )
+    push_to_hub: bool = Field(
+        False,
+        description="after the last step push the adapter and its model card to the Hugging Face Hub; a repository "
+        "that does not exist yet becomes a private one. Examples, settings and records stay here",
     )
 
 
@@ -144,6 +161,12 @@ class LlmConfig(Group):
                 raise ValueError(
                     f"{setting} does nothing here; add {remedy}, or leave --{setting} out"
                 )
+        packed, loi = self.model.quantization, self.adapter.init in (None, "loi")
+        if packed and loi and self.adapter.loi_estimator == "mean_gradient":
+            raise ValueError(
+                f"loi_estimator mean_gradient needs a gradient of the base weights, which {packed} packs; "
+                "use --loi_estimator sketch, or leave --quantization out"
+            )
         check_warmup(self.schedule)
         return self
 
@@ -151,7 +174,9 @@ class LlmConfig(Group):
         """Settings that do nothing because of another one; name to the flag that would change that."""
         found = idle_method(self.adapter, self.optimizer, self.output)
         if not self.validation.validation_data:
-            found |= dict.fromkeys(("validation_rows", "validation_steps"), "--validation_data")
+            found |= dict.fromkeys(("validation_rows", "score_steps"), "--validation_data")
+        if not self.output.push_to_hub:
+            found["hub_model_id"] = "--push_to_hub"
         return found
 
     @staticmethod
@@ -189,7 +214,7 @@ class LlmConfig(Group):
             "scheduler": self.schedule.lr_scheduler,
             "warmup_steps": self.schedule.lr_warmup_steps,
             "max_grad_norm": self.optimizer.max_grad_norm or None,
-            "validation_steps": checks.validation_steps if checks.validation_data else None,
+            "score_steps": checks.score_steps if checks.validation_data else None,
             "spectrum_steps": self.output.spectrum_steps,
             "seed": self.schedule.seed,
         }

@@ -13,18 +13,11 @@ from dreamrie.config.schema import (
     ScheduleSettings,
     StartSettings,
 )
+from dreamrie.init_table import INITS
+from dreamrie.optimizer_table import OPTIMIZERS
 
-# These have a momentum of their own; AdamW and its relatives keep torch's betas.
-MOMENTUM_OPTIMIZERS = ("riemannion", "muon")
-DEFAULT_LEARNING_RATE = {
-    "riemannion": 1e-3,
-    "adamw": 1e-4,
-    "loraplus": 1e-4,
-    "scaledgd": 1e-4,
-    "muon": 1e-3,
-}
 # These do nothing without the start called loi, so giving one alone is a mistake.
-LOI_ONLY = ("loi_batches", "loi_estimator", "orthogonal_to")
+LOI_ONLY = ("loi_estimator", "orthogonal_to")
 
 
 def groups_of(kind: type[BaseModel]) -> dict[str, type[Group]]:
@@ -42,7 +35,7 @@ def groups_of(kind: type[BaseModel]) -> dict[str, type[Group]]:
 
 def usual_init(optimizer: str) -> str:
     """Start that goes with an optimizer; PEFT's default one and a factor-wise optimizer are the usual LoRA."""
-    return "loi" if optimizer == "riemannion" else "default"
+    return "loi" if OPTIMIZERS[optimizer].needs_rank else "default"
 
 
 def check_method(adapter: StartSettings, optimizer: OptimizerSettings) -> None:
@@ -56,11 +49,17 @@ def check_method(adapter: StartSettings, optimizer: OptimizerSettings) -> None:
         ValueError: a start that the optimizer cannot leave, or a setting that belongs to another choice.
     """
     name, init = optimizer.optimizer, adapter.init or usual_init(optimizer.optimizer)
-    if name == "riemannion" and not adapter.is_anchored:
+    entry = OPTIMIZERS[name]
+    if entry.needs_rank and not adapter.is_anchored:
         raise ValueError(
             f"init {adapter.init!r} starts from a change of rank 0, which is not a point of "
-            "the manifold that riemannion moves on; use --init loi (or orthonormal, pissa), "
+            f"the manifold that {name} moves on; use --init loi (or orthonormal, pissa), "
             "or --optimizer adamw"
+        )
+    if entry.anchor == "refused" and adapter.init is not None and adapter.is_anchored:
+        raise ValueError(
+            f"init {adapter.init!r} keeps a frozen copy of the start, and {name} cannot leave it alone; use --init "
+            "default, or another --optimizer"
         )
     if adapter.start_scale == 0:
         raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
@@ -69,11 +68,21 @@ def check_method(adapter: StartSettings, optimizer: OptimizerSettings) -> None:
             f"start_scale is a setting of init loi, not of init {init}; leave it out, "
             "or add --init loi"
         )
-    if optimizer.momentum is not None and name not in MOMENTUM_OPTIMIZERS:
+    if optimizer.momentum is not None and entry.momentum is None:
         raise ValueError(
-            f"momentum is not a setting of {name}; leave it out, "
-            f"or use --optimizer {MOMENTUM_OPTIMIZERS[0]}"
+            f"momentum is not a setting of {name}; leave it out, or use --optimizer riemannion"
         )
+    if adapter.use_rslora and entry.gauge_invariant:
+        raise ValueError(
+            f"use_rslora does nothing with {name}, whose steps are those of the product, however it is scaled; leave "
+            "it out, or use --optimizer adamw"
+        )
+    for option in ("core_map", "bias_correction"):
+        owners = [key for key, other in OPTIMIZERS.items() if option in other.options]
+        if getattr(optimizer, option) is not None and name not in owners:
+            raise ValueError(
+                f"{option} is not a setting of {name}; leave it out, or use --optimizer {owners[0]}"
+            )
 
 
 def check_warmup(schedule: ScheduleSettings) -> None:
@@ -106,9 +115,12 @@ def idle_method(
         Name to the flag that would change that.
     """
     found: dict[str, str] = {}
-    if (adapter.init or usual_init(optimizer.optimizer)) != "loi":
+    init = adapter.init or usual_init(optimizer.optimizer)
+    if init != "loi":
         known = type(adapter).model_fields
         found |= {name: "--init loi" for name in LOI_ONLY if name in known}
+    if INITS[init].needs != "batches":
+        found["loi_batches"] = "--init loi"
     if output.report_to != "tensorboard":
         found["logging_dir"] = "--report_to tensorboard"
     if not output.checkpointing_steps:
@@ -130,14 +142,15 @@ def follow_method(
     """
     name, rank = optimizer.optimizer, adapter.rank
     init = adapter.init or usual_init(name)
-    rate = optimizer.learning_rate or DEFAULT_LEARNING_RATE[name]
+    entry = OPTIMIZERS[name]
+    rate = optimizer.learning_rate or entry.learning_rate
     # A start below 10 steps would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
-    start = max(0.1 / rank**0.5, 10 * rate if name == "riemannion" else 0.0)
+    start = max(0.1 / rank**0.5, 10 * rate if entry.bounded_step else 0.0)
     return {
         "optimizer": {
             "learning_rate": rate,
-            "momentum": {"riemannion": 0.9, "muon": 0.95}.get(name),
-            "max_grad_norm": 0.0 if name in MOMENTUM_OPTIMIZERS else 1.0,
+            "momentum": entry.momentum,
+            "max_grad_norm": entry.max_grad_norm,
         },
         "adapter": {"init": init, "start_scale": start if init == "loi" else None},
     }
@@ -174,4 +187,6 @@ def start_facts(adapter: StartSettings) -> str:
     if adapter.init == "loi":
         start += f", {adapter.loi_estimator} of {adapter.loi_batches} batches"
         start += f", singular values {adapter.start_scale:g}" if adapter.start_scale else ""
+    elif INITS[start].needs == "batches":
+        start += f" of {adapter.loi_batches} batches"
     return start

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-# lora_B = 0: rank zero, a start that only factor-wise optimizers can leave.
-PLAIN_INITS = ("default", "gaussian", "orthogonal")
+from dreamrie.init_table import INITS
+from dreamrie.optimizer_table import CORE_MAP_NAMES, OPTIMIZERS
+
+if TYPE_CHECKING:
+    InitName = str
+    OptimizerName = str
+    CoreMapName = str
+else:
+    # Types are static, the tables are not: --help and the check follow them all the same.
+    InitName = Literal[tuple(INITS)]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+    CoreMapName = Literal[CORE_MAP_NAMES]
+
 COLORS = {"white": "#ffffff", "black": "#000000", "grey": "#808080", "gray": "#808080"}
 
 
@@ -71,6 +82,10 @@ class ModelSettings(Group):
     )
     revision: Text | None = Field(None, description="branch, tag or commit of the Hub repository")
     variant: Text | None = Field(None, description="variant of the weight files, such as fp16")
+    base_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="precision in which the U-Net and the text encoder are kept in memory; the adapter stays fp32",
+    )
 
 
 class DataSettings(Group):
@@ -126,14 +141,11 @@ class StartSettings(Group):
     """The low-rank change of each adapted layer, and where it starts."""
 
     rank: Count = Field(4, description="rank of the trained change of a layer")
-    init: (
-        Literal["loi", "orthonormal", "default", "gaussian", "pissa", "olora", "orthogonal"] | None
-    ) = Field(
+    init: InitName | None = Field(
         None,
-        description="start of the adapter. loi: locally optimal, from gradients; orthonormal: "
-        "random; pissa, olora: as in PEFT, over an untouched base; default, gaussian, "
-        "orthogonal: PEFT's starts with zero change, not for riemannion. When left out: loi with "
-        "riemannion, else the start called default, which is the usual LoRA",
+        description="start of the adapter, over an untouched base: loi: locally optimal, from gradients; the others "
+        "are in docs/inits.md. When left out: loi with riemannion, else the start called default, which is the "
+        "usual LoRA",
     )
     start_scale: float | None = Field(
         None,
@@ -143,17 +155,30 @@ class StartSettings(Group):
     loi_estimator: Literal["mean_gradient", "sketch", "backprop_rsvd"] = Field(
         "mean_gradient", description="how loi estimates the gradient of the whole matrix"
     )
-    loi_batches: Count = Field(32, description="micro-batches that loi averages over")
+    loi_batches: Count = Field(
+        32, description="micro-batches that loi, corda, lora_ga and eva look at"
+    )
+    use_rslora: bool = Field(
+        False,
+        description="count the product of the factors sqrt(rank) times, as PEFT does with alpha = rank; for "
+        "optimizers that move the factors",
+    )
 
     @property
     def attach_init(self) -> str:
-        """Start to attach with: locally optimal initialization replaces a random anchored one."""
-        return "orthonormal" if self.init in {None, "loi"} else str(self.init)
+        """Start to attach with: one that is computed from batches replaces a random one of its layout."""
+        name = self.init or "loi"
+        return INITS[name].layout if INITS[name].needs == "batches" else name
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Arguments of `attach_lora` that follow from these settings."""
+        return {"rank": self.rank, "init": self.attach_init, "use_rslora": self.use_rslora}
 
     @property
     def is_anchored(self) -> bool:
         """Whether the start is a point of the manifold, balanced by a frozen copy of itself."""
-        return self.init not in PLAIN_INITS
+        return INITS[self.init or "loi"].anchored
 
 
 class AdapterSettings(StartSettings):
@@ -174,18 +199,25 @@ class AdapterSettings(StartSettings):
 class OptimizerSettings(Group):
     """How a step is made from gradients."""
 
-    optimizer: Literal["riemannion", "adamw", "loraplus", "scaledgd", "muon"] = Field(
+    optimizer: OptimizerName = Field(
         "riemannion",
-        description="riemannion: Muon on the fixed-rank manifold; adamw, muon: torch's, on the "
-        "factors; loraplus, scaledgd: PEFT's variants of AdamW",
+        description="riemannion: Muon on the fixed-rank manifold; the others are in docs/optimizers.md",
     )
     learning_rate: Positive | None = Field(
         None,
-        description="peak; for riemannion the spectral norm of the change of a layer per step; "
-        "default 1e-3 (riemannion, muon) or 1e-4",
+        description="peak; for riemannion the spectral norm of the change of a layer per step; unit and default of "
+        "the others are in docs/optimizers.md",
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="riemannion, muon only; default 0.9 (muon 0.95)"
+        None,
+        description="not for adamw and its relatives; default 0.9 (muon, imuon, lora_muon 0.95)",
+    )
+    core_map: CoreMapName | None = Field(
+        None,
+        description="riemannion only: what becomes of the spectrum of the momentum; default msign",
+    )
+    bias_correction: bool | None = Field(
+        None, description="riemann_adam only: correct both averages for their start; default yes"
     )
     weight_decay: Amount = Field(
         0.0, description="decoupled decay; with riemannion it shrinks the change of the model"
@@ -193,13 +225,24 @@ class OptimizerSettings(Group):
     max_grad_norm: Amount | None = Field(
         None,
         description="clip the global gradient norm (riemannion: of the tangent gradient); 0: do "
-        "not clip; default 1.0, for riemannion and muon 0",
+        "not clip; default 0 where the gradient's size does not matter, as for riemannion, else 1.0",
     )
 
     @property
     def spectral_step(self) -> float | None:
-        """Learning rate where it is the size of a step in spectral norm; None where it is not."""
-        return self.learning_rate if self.optimizer == "riemannion" else None
+        """Learning rate where it is about the size of a step in spectral norm; None where it is not."""
+        return self.learning_rate if OPTIMIZERS[self.optimizer].bounded_step else None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Arguments of `build_optimizer` beside the name; only after `resolved`."""
+        return {
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "momentum": self.momentum,
+            "core_map": self.core_map,
+            "bias_correction": self.bias_correction,
+        }
 
 
 class ScheduleSettings(Group):

@@ -17,6 +17,8 @@ from dreamrie.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# What a model can be kept in while it is trained.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -66,9 +68,9 @@ class Components:
 
 def load_components(
     name_or_path: str | Path | None = None,
-    *,
     revision: str | None = None,
     variant: str | None = None,
+    *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prediction_type: str | None = None,

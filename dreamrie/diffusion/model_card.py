@@ -6,7 +6,6 @@ The same records give the same bytes: there is no date, and no name of a folder 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from dreamrie.adapter_container import read_metadata
 from dreamrie.config import parse_yaml
 from dreamrie.diffusion.card_scores import Scores, read_scores, score_lines
 from dreamrie.diffusion.source import ALIASES, EMBEDDED, HUB_ID, WITHDRAWN
-from dreamrie.errors import AdapterError, CheckpointError, ConfigError, DreamrieError
-from dreamrie.run_folder import ADAPTER, CARD, CARD_MARK, is_own_card, write_atomic
-
-_log = logging.getLogger(__name__)
+from dreamrie.publishing import cards
+from dreamrie.publishing.cards import cell as _cell
+from dreamrie.publishing.cards import code as _code
+from dreamrie.publishing.cards import plain as _plain
+from dreamrie.publishing.cards import quoted as _quoted
+from dreamrie.run_folder import ADAPTER, CARD_MARK
 
 _MOST_SAMPLES = 6
 _SAMPLE = re.compile(r"step-(\d{6,})-(\d+)\.png")
@@ -82,10 +83,7 @@ def leave_card(folder: Path) -> None:
     Args:
         folder: output folder of the run.
     """
-    try:
-        write_card(folder)
-    except DreamrieError as error:
-        _log.warning("The model card was not written, everything else was: %s", error)
+    cards.leave_card(folder, write_card)
 
 
 def write_card(folder: Path) -> Path:
@@ -101,22 +99,7 @@ def write_card(folder: Path) -> Path:
         ConfigError: the folder holds no run, its records are damaged, or a README.md of somebody else.
         CheckpointError: the card cannot be written; what was there before is intact.
     """
-    path = folder / CARD
-    try:
-        foreign = path.exists() and not is_own_card(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if foreign:
-        raise ConfigError(f"{path} was not written by dreamrie, so it is kept. Move it away.")
-    try:
-        text = card_text(read_run(folder))
-    except (AdapterError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error) or type(error).__name__
-        raise ConfigError(
-            f"{folder} holds no finished run that a model card could be written of: {reason}"
-        ) from error
-    write_atomic(path, text.encode("utf-8", "replace"))
-    return path
+    return cards.write_card(folder, lambda of: card_text(read_run(of)))
 
 
 def read_run(folder: Path) -> Run:
@@ -304,29 +287,3 @@ def _license_words(base: Base) -> str:
     if known:
         return f"The base model is under {known}, which also binds what is made from it."
     return "That of the base model also binds what is made from it; see there."
-
-
-def _quoted(text: str) -> str:
-    """A scalar of YAML: what is not printable, and what ends or bends the quotes, as its number."""
-    return '"' + "".join(_escaped(c) for c in text) + '"'
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return f"\\{character}"
-    return character if character.isprintable() else f"\\U{ord(character):08x}"
-
-
-def _plain(text: str) -> str:
-    """One line, without characters that a terminal or a page would obey."""
-    line = " ".join(text.split())
-    return "".join(c for c in line if c.isprintable()).replace("<", "(").replace(">", ")")
-
-
-def _code(text: str) -> str:
-    return f"`{_plain(text).replace('`', chr(39))}`"
-
-
-def _cell(value: object) -> str:
-    """A cell of a table of Markdown."""
-    return str(value).replace("|", "\\|")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dreamrie.config import TrainConfig, to_yaml
-from dreamrie.diffusion.hub import check_hub
 from dreamrie.diffusion.pipeline import Components, check_prompt
 from dreamrie.diffusion.prior import ensure_class_images, own_class_images
 from dreamrie.diffusion.task import DreamBoothTask, check_resolution
 from dreamrie.optimizers import describe_optimizer, trained_numbers
+from dreamrie.publishing.hub import check_hub
 from dreamrie.run_folder import folder_for_older_run
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging as hf_logging
 
 from dreamrie.errors import ConfigError
+from dreamrie.publishing.hub import HUB_ERRORS
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +66,6 @@ _REQUIRED = (
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-# What diffusers and huggingface_hub raise when a repository cannot be had. The bases of the hub's own error
-# name the transport errors of whichever HTTP library it is built on.
-HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,9 @@ class DreamBoothTask:
         parts = [self._group_loss(model, batch, rows) for rows in batch.rows_by_shape()]
         return torch.stack(parts).sum()
 
+    def used_places(self, batch: Batch) -> None:
+        """All that the U-Net sees counts as its input."""
+
     def describe(self, batch: Batch) -> str:
         """Name the files and timesteps of a batch, for a message about its loss."""
         pieces = zip(batch.names, batch.timesteps.tolist(), strict=True)

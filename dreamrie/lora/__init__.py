@@ -13,7 +13,14 @@ from dreamrie.lora.arithmetic import (
 )
 from dreamrie.lora.attach import attach_lora, resolve_targets
 from dreamrie.lora.fingerprint import base_fingerprint
-from dreamrie.lora.pairs import LoraPair, candidate_names, lora_pairs, mask_anchor_gradients_
+from dreamrie.lora.inits import start_pairs
+from dreamrie.lora.pairs import (
+    LoraPair,
+    candidate_names,
+    keep_in_fp32,
+    lora_pairs,
+    mask_anchor_gradients_,
+)
 
 __all__ = [
     "LoraPair",
@@ -26,8 +33,10 @@ __all__ = [
     "change_of",
     "combine",
     "export_factors",
+    "keep_in_fp32",
     "kept_energy",
     "lora_pairs",
     "mask_anchor_gradients_",
     "resolve_targets",
+    "start_pairs",
 ]

@@ -1,8 +1,8 @@
 """Put LoRA layers on a model with PEFT's own injection, and give them a start.
 
 Without LOI the anchored start is a random orthonormal point of size |alpha|; `locally_optimal_init`
-replaces it. PEFT's starts that rewrite the base weight (`pissa`, `olora`) are computed by PEFT on a
-throw-away copy of each layer and taken as start and anchor, so the base stays as it is.
+replaces it. The other starts are those of `dreamrie.init_table` that need no batches; `start_pairs`
+writes the rest afterwards.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from dreamrie.errors import ConfigError
-from dreamrie.fixed_rank import Point, point_from_factors, random_point
+from dreamrie.lora.inits.request import Loi, Request
+from dreamrie.lora.inits.start import builder, find_init
 from dreamrie.lora.injecting import (
     check_layer,
     inject,
@@ -39,9 +40,8 @@ from dreamrie.lora.pairs import (
 
 _log = logging.getLogger(__name__)
 
-# PEFT starts whose product is zero: nothing to subtract, so a plain rank-r adapter.
-_ZERO_STARTS = ("default", "gaussian", "orthogonal")
-_ALLOWED = "orthonormal, default, gaussian, orthogonal, olora, pissa, pissa_niter_<number>"
+# Starts that PEFT's own injection writes.
+_INJECTED: Mapping[str, bool | str] = {"default": True, "gaussian": "gaussian"}
 
 
 def attach_lora(
@@ -54,12 +54,13 @@ def attach_lora(
     anchored: bool | None = None,
     adapter_name: str = "default",
     dropout: float = 0.0,
+    use_rslora: bool = False,
     generator: torch.Generator | None = None,
 ) -> list[LoraPair]:
     """Add a LoRA to every matching layer; the output does not change, except with `anchored=False`.
 
-    An anchored layer is one PEFT LoRA of rank 2r with scaling 1. If 2r exceeds the smaller side of
-    a layer, its r is lowered to half of that side (logged), so that the layout fits.
+    An anchored layer is one PEFT LoRA of rank 2r. If 2r exceeds the smaller side of a layer, its r
+    is lowered to half of that side (logged), so that the layout fits. The scaling is 1.
 
     Args:
         model: a diffusers, transformers or plain torch model. Afterwards only adapter parameters
@@ -67,12 +68,15 @@ def attach_lora(
         rank: r, at least 1 and at most the smaller side of every layer.
         target_modules: name endings as PEFT takes them (`["to_q", "to_out.0"]`), or one regular
             expression for the whole name. Each ending must match at least one layer.
-        init: `orthonormal` (random orthonormal u, v), or the name of a start in PEFT.
+        init: a start of `dreamrie.init_table` that needs no batches, such as `orthonormal` (random orthonormal u,
+            v) or `pissa`.
         alpha: size of the `orthonormal` start, singular values |alpha|; default 0.1 / sqrt(r).
         anchored: default True for starts that are not zero. False with `orthonormal` gives a plain
             rank-r adapter whose start changes the function.
         adapter_name: name of the adapter in PEFT.
         dropout: probability of LoRA dropout, in [0, 1).
+        use_rslora: scaling sqrt(r) instead of 1, which is PEFT's switch of that name with alpha = r. Optimizers of
+            factors then take larger steps at larger ranks; those that move the change itself do not see it.
         generator: source of the random start; default a new one with seed 0.
 
     Returns:
@@ -88,15 +92,18 @@ def attach_lora(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     width = 2 if with_anchor else 1
-    uneven = {f"^{re.escape(name)}": width * own for name, own in ranks.items() if own != rank}
+    uneven = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
+    # PEFT divides by the width, or by its root: what is left is 1, or the root of r.
+    per_rank = math.sqrt(width) if use_rslora else width
     config = LoraConfig(
         r=width * rank,
-        lora_alpha=width * rank,
-        rank_pattern=dict(uneven),
-        alpha_pattern=dict(uneven),
+        lora_alpha=per_rank * rank,
+        rank_pattern={key: width * own for key, own in uneven.items()},
+        alpha_pattern={key: per_rank * own for key, own in uneven.items()},
+        use_rslora=use_rslora,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=dropout,
-        init_lora_weights={"default": True, "gaussian": "gaussian"}.get(init, False),
+        init_lora_weights=_INJECTED.get(init, False),
     )
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with contextlib.ExitStack() as undo:
@@ -112,9 +119,12 @@ def attach_lora(
         for pair in pairs:
             # PEFT builds the dropout in train mode even inside a model in eval mode.
             pair.module.train(layers[pair.name].training)
-        if init not in ("default", "gaussian"):
-            for index, pair in enumerate(pairs):
-                _set_start(pair, ranks[pair.name], init, alpha, generator, seed + index)
+            if with_anchor:
+                _mark_anchor(pair, ranks[pair.name])
+        if init not in _INJECTED:
+            builder(find_init(init))(
+                Request(init, model, pairs, generator, seed, loi=Loi(alpha=alpha))
+            )
         undo.pop_all()
     if init == "orthonormal" and not with_anchor:
         _log.warning("start without anchor: the function of the model changes at step 0")
@@ -135,18 +145,18 @@ def _check_settings(
         raise ConfigError(f"alpha is the size of the orthonormal start; {init!r} has its own.")
     if init == "orthogonal" and rank % 2:
         raise ConfigError(f"init 'orthogonal' splits the rank in two halves; {rank} is odd.")
-    if init in _ZERO_STARTS:
+    entry = find_init(init)
+    if entry.needs == "batches":
+        raise ConfigError(
+            f"init {init!r} is computed from batches: attach with init={entry.layout!r}, then call "
+            f"dreamrie.lora.start_pairs({init!r}, model, pairs, data)."
+        )
+    if not entry.anchored:
         if anchored:
             raise ConfigError(f"start {init!r} is zero, so it needs and allows no anchor.")
         return False
     if init == "orthonormal":
         return anchored is not False
-    if not re.fullmatch(r"olora|pissa|pissa_niter_\d+", init):
-        raise ConfigError(
-            f"init {init!r} is not supported here; allowed: {_ALLOWED}. PEFT's starts that need "
-            "data or a quantized base (eva, corda, lora_ga, loftq) are set up with PEFT itself; "
-            "lora_pairs then finds the result."
-        )
     if anchored is False:
         raise ConfigError(
             f"init {init!r} without an anchor would need a changed base weight, which is never "
@@ -240,53 +250,8 @@ def _layer_ranks(layers: dict[str, nn.Module], rank: int, with_anchor: bool) -> 
     return ranks
 
 
-def _set_start(
-    pair: LoraPair,
-    rank: int,
-    init: str,
-    alpha: float | None,
-    generator: torch.Generator,
-    seed: int,
-) -> None:
-    """Write the start of one layer: random orthonormal, or what PEFT computes on a twin of it."""
-    dtype = torch.float64 if pair.left.dtype == torch.float64 else torch.float32
-    if init == "orthogonal":
-        made = _peft_start(pair, rank, init, seed)
-        left, right = made.left_matrix().detach().to(dtype), made.right_matrix().detach().to(dtype)
-        # PEFT draws in fp32, so the product vanishes to 1e-8 only; this makes it vanish in fp64 too.
-        basis, values, rows = torch.linalg.svd(right, full_matrices=False)
-        basis, values, rows = basis[:, : rank // 2], values[: rank // 2], rows[: rank // 2]
-        pair.left_matrix().data.copy_(left - (left @ basis) @ basis.T)
-        pair.right_matrix().data.copy_((basis * values) @ rows)
-        return
-    if init == "orthonormal":
-        size = abs(alpha) if alpha is not None else 0.1 / math.sqrt(rank)
-        drawn = random_point(pair.out, pair.in_, rank, generator=generator, dtype=dtype)
-        start = Point(drawn.u, torch.full_like(drawn.s, size), drawn.v)
-    else:
-        made = _peft_start(pair, rank, init, seed)
-        left, right = made.left_matrix().detach().to(dtype), made.right_matrix().detach().to(dtype)
-        start = point_from_factors(left, right.T, made.scaling)
-    with_anchor = pair.left.shape[1] == 2 * rank
-    if with_anchor:
-        layer: Any = pair.module
-        setattr(layer.lora_B[pair.adapter_name], ANCHOR_MARK, rank)
-        pair.rank = pair.anchor_rank = rank
-    device = pair.left.device
-    on_device = Point(start.u.to(device), start.s.to(device), start.v.to(device))
-    pair.set_start(on_device, anchored=with_anchor)
-
-
-def _peft_start(pair: LoraPair, rank: int, init: str, seed: int) -> LoraPair:
-    """The pair that PEFT's named start makes on a throw-away Linear twin of the layer.
-
-    A Linear twin of the matrix view lets PEFT treat convolutions and fp64 layers like any other.
-    """
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["twin"], init_lora_weights=init)
-    with seeded(pair.module, seed):
-        twin = nn.Linear(pair.in_, pair.out, bias=False, device=pair.base_weight.device)
-        twin.weight.data = pair.as_matrix(pair.base_weight.detach()).float().clone()
-        holder = nn.ModuleDict({"twin": twin})
-        inject_adapter_in_model(config, holder)
-    (made,) = lora_pairs(holder)
-    return made
+def _mark_anchor(pair: LoraPair, rank: int) -> None:
+    """The last columns and rows of the pair are the frozen half."""
+    layer: Any = pair.module
+    setattr(layer.lora_B[pair.adapter_name], ANCHOR_MARK, rank)
+    pair.rank = pair.anchor_rank = rank

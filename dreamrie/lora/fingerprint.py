@@ -15,6 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from dreamrie.loi.session import is_packed, stored
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,6 +29,19 @@ EXACT = "exact"
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = (
     weakref.WeakKeyDictionary()
 )
+# Of models whose weights are no longer whole in this process.
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[str, dict[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def keep_fingerprints(model: nn.Module) -> None:
+    """Take both fingerprints now, for good: its weights are about to be spread over processes.
+
+    Args:
+        model: with whole weights.
+    """
+    _kept[model] = base_fingerprint(model), rounded_fingerprints(model)
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -38,6 +53,8 @@ def base_fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    if model in _kept:
+        return _kept[model][0]
     return _digest(base_tensors(model), lambda tensor: tensor, with_dtype=True)
 
 
@@ -60,6 +77,8 @@ def rounded_fingerprints(model: nn.Module) -> dict[str, str]:
         "float16" and "bfloat16", or one of them; "exact", see `base_fingerprint`, for a model that mixes the two or
         holds quantized weights. 64 hexadecimal digits each.
     """
+    if model in _kept:
+        return dict(_kept[model][1])
     tensors = base_tensors(model)
     stamp = tuple(_stamp(tensor) for tensor in tensors.values())
     if model in _known and _known[model][0] == stamp:
@@ -76,7 +95,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         model: any module.
 
     Returns:
-        Name to tensor, in the order of the module.
+        Name to tensor, in the order of the module; a quantized weight as the parts that it is kept as.
     """
     inside = [
         (f"{name}." if name else "", f"{name}.base_layer." if name else "base_layer.")
@@ -84,13 +103,25 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, BaseTunerLayer)
     ]
     tensors: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *_beside(model)]:
         owner = next((pair for pair in inside if name.startswith(pair[0])), None)
         if owner is None:
-            tensors[name] = tensor
+            tensors |= stored(tensor, name)
         elif name.startswith(owner[1]):
-            tensors[owner[0] + name.removeprefix(owner[1])] = tensor
+            tensors |= stored(tensor, owner[0] + name.removeprefix(owner[1]))
     return tensors
+
+
+def _beside(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What quantized layers need beside their bytes and keep in no parameter or buffer: the scales of bitsandbytes."""
+    if not any(is_packed(parameter) for parameter in model.parameters()):
+        return []
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    saved = model.state_dict().items()
+    return [
+        (name, value) for name, value in saved if name not in known and isinstance(value, Tensor)
+    ]
 
 
 def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, str]:

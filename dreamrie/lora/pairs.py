@@ -216,6 +216,18 @@ def lora_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPa
     ]
 
 
+def keep_in_fp32(pairs: Iterable[LoraPair]) -> None:
+    """Hold the factors in fp32, whatever PEFT made: it takes the precision of the base, in which small steps are lost.
+
+    Args:
+        pairs: of a model that is about to be trained; factors in fp64 stay as they are.
+    """
+    for pair in pairs:
+        for factor in (pair.left, pair.right):
+            if factor.dtype != torch.float64:
+                factor.data = factor.data.float()
+
+
 def mask_anchor_gradients_(pairs: Iterable[LoraPair]) -> None:
     """Set the gradient of every frozen half to zero, in place.
 

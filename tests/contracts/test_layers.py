@@ -17,9 +17,9 @@ from tests.contracts.sources import (
 )
 
 ROWS = (
-    {"errors", "files"},
-    {"fixed_rank", "config", "checkpoint", "records", "run_folder", "streams"},
-    {"riemannion_layers", "runlog"},
+    {"errors", "files", "init_table", "optimizer_table"},
+    {"fixed_rank", "config", "checkpoint", "records", "run_folder", "streams", "team"},
+    {"riemannion_layers", "core_maps", "runlog", "manifolds", "tensorion"},
     {"riemannion_checks"},
     {"riemannion", "loi"},
     {"lora"},
@@ -31,7 +31,7 @@ ROWS = (
     {"adapter_scaling"},
     {"adapter_reading"},
     {"adapter_open"},
-    {"trainer"},
+    {"trainer", "publishing"},
     {"diffusion", "llm"},
     {"commands"},
     {"eval"},
@@ -44,7 +44,7 @@ PUBLIC_FACE = "__init__"
 OUTSIDE = {"eval", "app", "benchmarks", "examples", "tools", "train_dreambooth"}
 
 HOMES: dict[str, tuple[str, ...]] = {
-    "peft": ("dreamrie/lora", "dreamrie/optimizers"),
+    "peft": ("dreamrie/lora", "dreamrie/optimizers/libraries"),
     "accelerate": ("dreamrie/trainer",),
     "diffusers": ("dreamrie/diffusion/",),
     "transformers": ("dreamrie/diffusion/", "dreamrie/llm/"),
@@ -74,7 +74,11 @@ TORCH_ALONE = {
     "riemannion_layers",
     "riemannion_checks",
     "riemannion",
+    "core_maps",
     "loi",
+    "manifolds",
+    "team",
+    "tensorion",
 }
 
 
@@ -185,7 +189,7 @@ ALLOWED = {
     "own folder": ("dreamrie/diffusion/task.py", "from .images import load_image"),
     "own family": ("dreamrie/riemannion.py", "from dreamrie.riemannion_step import step"),
     "errors": ("dreamrie/fixed_rank.py", "from dreamrie.errors import NumericalError"),
-    "peft optimizers": ("dreamrie/optimizers.py", "import peft.optimizers"),
+    "peft optimizers": ("dreamrie/optimizers/libraries.py", "import peft.optimizers"),
     "an example": ("examples/any.py", "from transformers import LlamaForCausalLM"),
 }
 

@@ -14,6 +14,7 @@ from dreamrie import __main__ as command
 from dreamrie.config import parse_config
 from dreamrie.diffusion import hub
 from dreamrie.errors import CheckpointError, ConfigError
+from dreamrie.publishing import hub as shared
 from dreamrie.run_folder import ADAPTER
 from tests.diffusion.test_model_card import make_run
 from tests.small_settings import NEEDED
@@ -50,7 +51,7 @@ class FakeHub:
 @pytest.fixture(autouse=True)
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token, and no word about being offline."""
-    monkeypatch.setattr(hub, "get_token", lambda: SECRET)
+    monkeypatch.setattr(shared, "get_token", lambda: SECRET)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
@@ -78,19 +79,21 @@ def law_only_the_listed_files_go(impl: Any, folder: Path) -> None:
         assert f"samples/{name.split(')')[0]}" in files
 
 
-def law_a_new_repository_is_private(impl: Any, folder: Path) -> None:
+def law_a_new_repository_is_private(impl: Any, folder: Path, made: Any = None) -> None:
     """It is made before the one commit, private; one that exists is taken as it is."""
     fake = FakeHub()
-    impl.push(finished(folder / "run"), NAME, api=fake)
+    impl.push((made or finished)(folder / "run"), NAME, api=fake)
     assert [name for name, _ in fake.calls] == ["whoami", "create_repo", "create_commit"]
     repository, options = dict(fake.calls)["create_repo"]
     assert repository == NAME
     assert (options["private"], options["exist_ok"]) == (True, True)
 
 
-def law_a_failed_push_loses_nothing_and_tells_no_token(impl: Any, folder: Path) -> None:
+def law_a_failed_push_loses_nothing_and_tells_no_token(
+    impl: Any, folder: Path, made: Any = None
+) -> None:
     """Wherever the Hub fails: the folder is as it was, the message has the command for later and no token."""
-    run = finished(folder / "run")
+    run = (made or finished)(folder / "run")
     impl.push(run, NAME, api=FakeHub())
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for where in ("whoami", "create_repo", "create_commit"):
@@ -121,36 +124,9 @@ def settings(*words: str) -> Any:
 def test_nothing_is_asked_unless_it_is_wanted(tmp_path: Path) -> None:
     """Off by default, before a training and behind it."""
     fake = FakeHub()
-    hub.check_hub(settings(), api=fake)  # type: ignore[arg-type]
+    shared.check_hub(settings(), api=fake)  # type: ignore[arg-type]
     hub.hand_over(make_run(tmp_path), settings(), complete=True)
     assert not fake.calls
-
-
-def test_a_training_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong name, no network, no token, a token that is not accepted."""
-    fake: Any = FakeHub()
-    output = settings("--push_to_hub", "--hub_model_id", NAME)
-    hub.check_hub(output, api=fake)
-    assert [name for name, _ in fake.calls] == ["whoami"]
-    for name in ("a/b/c", ".a/b", "a--b", "mary/..", "mary/dög", "m/" + "x" * 96, "mary/"):
-        with pytest.raises(ConfigError, match="is no name of a repository"):
-            hub.check_hub(settings("--push_to_hub", "--hub_model_id", name), api=fake)
-    refusing: Any = FakeHub("whoami")
-    with pytest.raises(ConfigError, match="did not accept the token") as caught:
-        hub.check_hub(output, api=refusing)
-    assert SECRET not in str(caught.value)
-    monkeypatch.setattr(hub, "get_token", lambda: None)
-    with pytest.raises(ConfigError, match="there is no token"):
-        hub.check_hub(output, api=fake)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
-        hub.check_hub(output, api=fake)
-    assert len(fake.calls) == 1
-
-
-def test_the_folder_names_the_repository() -> None:
-    output = settings("--push_to_hub", "--output_dir", "runs/my-dog")
-    assert hub.repository_of(output) == "my-dog"
 
 
 def test_a_stopped_run_is_not_pushed(
@@ -194,7 +170,7 @@ def test_the_command_pushes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeHub()
-    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(shared, "HfApi", lambda: fake)
     words = ["push", str(finished(tmp_path / "run")), "--hub_model_id", NAME]
     assert command.main(words) == 0
     assert "pushed to" in capsys.readouterr().out

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-import dreamrie.lora.attach as attach_module
 from dreamrie.errors import ConfigError
 from dreamrie.lora import attach_lora, lora_pairs
+from dreamrie.lora.inits import stiefel
 from tests.margins import within
 from tests.reference import nets
 from tests.small_models import small_unet
@@ -58,7 +58,7 @@ def test_a_model_is_adapted_completely_or_not_at_all(
     next(model.parameters()).requires_grad_(False)
     before = {name: id(module) for name, module in model.named_modules()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    real, calls = attach_module._set_start, []
+    real, calls = stiefel.write_point, []
 
     def fail_at_the_second(*arguments: Any) -> None:
         calls.append(arguments)
@@ -67,7 +67,7 @@ def test_a_model_is_adapted_completely_or_not_at_all(
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attach_module, "_set_start", fail_at_the_second)
+        patch.setattr(stiefel, "write_point", fail_at_the_second)
         with pytest.raises(torch.linalg.LinAlgError, match="no start"):
             attach_lora(model, 2, targets)
     assert len(calls) == 2
@@ -176,8 +176,9 @@ def test_a_merged_adapter_is_named() -> None:
         ({"alpha": 0.0}, "alpha must be finite and not zero"),
         ({"alpha": math.inf}, "alpha must be finite"),
         ({"alpha": 0.1, "init": "pissa"}, "'pissa' has its own"),
-        ({"init": "eva"}, "'eva' is not supported here; allowed: orthonormal, default"),
-        ({"init": "pisa"}, "allowed: orthonormal"),
+        ({"init": "eva"}, r"'eva' is computed from batches.*init='default'.*start_pairs\('eva'"),
+        ({"init": "corda"}, r"'corda' is computed from batches.*init='orthonormal'"),
+        ({"init": "pisa"}, "'pisa' is not supported here; allowed: loi, orthonormal"),
         ({"init": "default", "anchored": True}, "needs and allows no anchor"),
         ({"init": "olora", "anchored": False}, "never written"),
         ({"init": "orthogonal", "rank": 3}, "two halves; 3 is odd"),

@@ -7,7 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import dreamrie.riemannion as riemannion
+import dreamrie.riemannion_groups as groups
 import dreamrie.riemannion_layers as layers
+import dreamrie.riemannion_maps as maps
 import dreamrie.riemannion_step as step
 from tests.mutants import Law, Mutant, each, replaced
 from tests.properties import test_riemannion_direction_laws as direction_laws
@@ -19,7 +21,7 @@ from tests.properties.one_step import STEP_POINTS
 def broken_step(**wrong: Any) -> Iterator[Any]:
     """Yield the step module with wrong pieces, in place wherever the optimizer imported them."""
     with ExitStack() as stack:
-        for module in (step, layers, riemannion):
+        for module in (step, layers, groups, maps, riemannion):
             here = {name: value for name, value in wrong.items() if hasattr(module, name)}
             if here:
                 stack.enter_context(replaced(module, **here))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamrie.diffusion import hub
+from dreamrie.publishing import hub as shared
 from tests.diffusion import test_hub as laws
 from tests.mutants import Mutant, replaced
 from tests.mutants.adapter_files import in_folder
@@ -22,8 +23,8 @@ def fault(name: str, law: Any, why: str, **wrong: Any) -> Mutant:
     @contextlib.contextmanager
     def broken() -> Iterator[Any]:
         online = {"get_token": lambda: laws.SECRET}
-        with replaced(hub, **online), replaced(hub.constants, HF_HUB_OFFLINE=False):
-            with replaced(hub, **wrong):
+        with replaced(shared, **online), replaced(shared.constants, HF_HUB_OFFLINE=False):
+            with replaced(shared if hasattr(shared, next(iter(wrong))) else hub, **wrong):
                 yield hub
 
     return Mutant(name, law, broken, why)

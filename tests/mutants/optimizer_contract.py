@@ -60,16 +60,16 @@ def stale_point(known: Any, state: Any) -> list[bool]:
     return layers.have_state(known, state)
 
 
-def write_everything_(self: Any, columns: Tensor) -> None:
+def trained_beside_a_decayed_anchor(self: Any, rank: int) -> Tensor:
     """The anchor is decayed along with the point."""
     parameter = self.parameter.detach()
-    rank = columns.shape[-1]
-    if self.is_right:
-        parameter[rank:].mul_(1 - 1e-3)
-        parameter[:rank].copy_(columns.mT.reshape(parameter[:rank].shape))
-    else:
-        parameter[:, rank:].mul_(1 - 1e-3)
-        parameter[:, :rank].copy_(columns.reshape(parameter[:, :rank].shape))
+    target, anchor = (
+        (parameter[:rank], parameter[rank:])
+        if self.is_right
+        else (parameter[:, :rank], parameter[:, rank:])
+    )
+    anchor.mul_(1 - 1e-3)
+    return target
 
 
 def columns_channels_last(self: Any, tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -274,7 +274,7 @@ MUTANTS = [
     Mutant(
         "anchor decays with the point",
         state_laws.law_a10_anchor_is_frozen,
-        lambda: _factor_attributes(write_=write_everything_),
+        lambda: _factor_attributes(trained=trained_beside_a_decayed_anchor),
         "the start moves under the change",
     ),
     wrong_class(

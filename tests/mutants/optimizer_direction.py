@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -160,6 +162,10 @@ def step_with_residual_qr(
     return StepResult(new, ok, ok, ok.long())
 
 
+def every_step_storing_msign(works: Any) -> list[StepResult]:
+    return [step_storing_msign(*work[:5]) for work in works]
+
+
 # ------------------------------------------------------------------------------------------------- registry
 
 
@@ -255,19 +261,19 @@ MUTANTS = [
         "momentum stored after msign: average",
         path_laws.law_8_average_equals_heavy_ball,
         "a fresh gradient is added to a buffer of norm one",
-        fused_step=step_storing_msign,
+        fast_steps=every_step_storing_msign,
     ),
     wrong_path(
         "momentum stored after msign",
         symmetry_laws.law_o16_loss_scale,
         "small gradients freeze the direction",
-        fused_step=step_storing_msign,
+        fast_steps=every_step_storing_msign,
     ),
     wrong_path(
         "momentum stored after msign: path",
         path_laws.law_o5_path_equals_dense,
         "Alg. 4 line 6",
-        fused_step=step_storing_msign,
+        fast_steps=every_step_storing_msign,
     ),
     wrong_step(
         "QR of m_left alone",

@@ -40,7 +40,7 @@ def moved(task: SmallTask) -> float:
 # ------------------------------------------------------------------------------ N2 accumulation
 
 
-def law_accumulation(impl: Any) -> None:
+def law_accumulation(impl: Any, kind: Any = SmallTask) -> None:
     """k micro-batches of b equal one of k b; to 1e-12 in fp64, 1e-6 in fp32."""
     for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         # Riemannion does not see the size of the gradient, so weight decay on AdamW and the
@@ -48,7 +48,7 @@ def law_accumulation(impl: Any) -> None:
         for name, extra in (("riemannion", {"max_grad_norm": 0.3}), ("adamw", {})):
             outcomes = []
             for count in (1, 3):
-                task = SmallTask(batch_size=6 // count, samples_per_step=6, dtype=dtype)
+                task = kind(batch_size=6 // count, samples_per_step=6, dtype=dtype)
                 with folder() as where:
                     outcomes.append(
                         train_small(impl, where, task, name=name, accumulation=count, **extra)
@@ -130,14 +130,14 @@ def spoiler(bad_steps: set[int], kind: str) -> Any:
     return spoil
 
 
-def law_bad_steps_are_skipped(impl: Any) -> None:
+def law_bad_steps_are_skipped(impl: Any, kind: Any = SmallTask) -> None:
     """A step with a loss or gradient that is not finite leaves every byte as it was."""
     for name in ("riemannion", "adamw"):
-        for kind in ("loss", "gradient"):
+        for what in ("loss", "gradient"):
             final = []
             # Up to step 5 with step 5 spoiled, and up to step 4 only: the same bytes.
             for steps, bad in ((4, set()), (5, {5})):
-                task = SmallTask(spoil=spoiler(bad, kind))
+                task = kind(spoil=spoiler(bad, what))
                 with folder() as where:
                     outcome = train_small(impl, where, task, name=name, max_steps=steps)
                 final.append(outcome)
@@ -152,9 +152,9 @@ def law_bad_steps_are_skipped(impl: Any) -> None:
                         torch.as_tensor(value), torch.as_tensor(kept["state"][key][word])
                     )
             assert after.result.skipped_steps == 1
-            assert after.steps[-1]["skipped"] == kind
+            assert after.steps[-1]["skipped"] == what
             assert [record["skipped"] for record in after.steps[:-1]] == [None] * 4
-            if kind == "loss":
+            if what == "loss":
                 assert after.steps[-1]["loss"] is None
 
 
@@ -162,19 +162,19 @@ def test_bad_steps_are_skipped() -> None:
     law_bad_steps_are_skipped(loop)
 
 
-def law_three_bad_steps_stop_the_run(impl: Any) -> None:
+def law_three_bad_steps_stop_the_run(impl: Any, kind: Any = SmallTask) -> None:
     """Two in a row, a good one, two more: goes on. Three in a row: an error, and nothing is saved."""
     with folder() as where:
-        task = SmallTask(spoil=spoiler({2, 3, 5, 6}, "loss"))
+        task = kind(spoil=spoiler({2, 3, 5, 6}, "loss"))
         assert train_small(impl, where, task).result.skipped_steps == 4
         assert len(task.saved) == 1
     with folder() as where:
-        task = SmallTask(spoil=spoiler({3, 4, 5}, "loss"))
+        task = kind(spoil=spoiler({3, 4, 5}, "loss"))
         with pytest.raises(NumericalError) as caught:
             train_small(impl, where, task)
         assert not task.saved
-        assert not (where / "small.pt").exists()
-    for word in ("3 times in a row", "step 5", "6 points of step 5", "lr 0.05"):
+        assert {path.suffix for path in where.glob("[!.]*")} == {".jsonl"}
+    for word in ("3 times in a row", "step 5", task.describe(task.batch(5, 0)), "named examples"):
         assert word in str(caught.value)
 
 

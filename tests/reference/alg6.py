@@ -1,4 +1,4 @@
-"""RiemannAdam (Alg. 6 with simulate_Adam) as corrected: a reference for comparison, not a product feature.
+"""RiemannAdam (Alg. 6 with simulate_Adam) as corrected, in factors and on dense matrices.
 
 The letters are the paper's: A_L, G, B_R the frames and the core of the point, Ȧ and Ḃ (here dA, dB) the tangent parts,
 A_HB and B_HB the momentum, S_A and S_B the second moments. Corrections against the print (docs/method.md 4.1):
