@@ -38,11 +38,11 @@ from dreamrie.llm.paired import difference, mcnemar
 RESULTS = Path(__file__).resolve().parent / "results" / "commonsense-smollm2.json"
 # Two decades in steps of a factor 2.15.
 RATES = (1e-4, 2.15e-4, 4.64e-4, 1e-3, 2.15e-3, 4.64e-3, 1e-2)
-METHODS = (
-    Method("riemannion, LOI, r", "riemannion", 1, RATES),
-    Method("adamw, r", "adamw", 1, RATES),
-    Method("adamw, 2r", "adamw", 2, RATES),
-)
+NAMES = {
+    "riemannion": Method("riemannion, LOI, r", "riemannion", 1, RATES),
+    "adamw": Method("adamw, r", "adamw", 1, RATES),
+    "adamw-2r": Method("adamw, 2r", "adamw", 2, RATES),
+}
 TUNING_SEED, TEST_SEEDS = 0, (1, 2, 3)
 RAW = {part: Run(None, 0.0, 0, part) for part in (HELD_BACK, TEST)}
 Found = dict[str, dict[str, Any]]
@@ -51,9 +51,17 @@ Found = dict[str, dict[str, Any]]
 # ------------------------------------------------------------------------- what is to be done
 
 
-def tuning() -> list[Run]:
+def methods_of(names: Sequence[str], rates: int) -> tuple[Method, ...]:
+    """Keys of `NAMES`, the first to be compared with the others, with 7, 4, 3 or 2 rates, both ends among them."""
+    kept = RATES[:: (len(RATES) - 1) // (rates - 1)]
+    return tuple(dataclasses.replace(NAMES[name], rates=kept) for name in names)
+
+
+def tuning(methods: Sequence[Method]) -> list[Run]:
     """Every method at each of its learning rates."""
-    return [Run(m, rate, TUNING_SEED, HELD_BACK) for m in METHODS for rate in m.rates]
+    return [
+        Run(m, rate, TUNING_SEED, HELD_BACK) for rate in RATES for m in methods if rate in m.rates
+    ]
 
 
 def best_rate(method: Method, found: Found) -> float:
@@ -68,9 +76,9 @@ def best_rate(method: Method, found: Found) -> float:
     return max(method.rates, key=merit)
 
 
-def trials(found: Found) -> list[Run]:
+def trials(methods: Sequence[Method], found: Found) -> list[Run]:
     """Each method at its best learning rate with every seed; all of `tuning` has been done."""
-    return [Run(m, best_rate(m, found), seed, TEST) for m in METHODS for seed in TEST_SEEDS]
+    return [Run(m, best_rate(m, found), seed, TEST) for seed in TEST_SEEDS for m in methods]
 
 
 def missing(runs: Sequence[Run], found: Found) -> list[Run]:
@@ -159,7 +167,7 @@ def right_of(entry: Mapping[str, Any]) -> dict[str, list[bool]]:
     return {task: [digit == "1" for digit in text] for task, text in sorted_tasks(entry["right"])}
 
 
-def report(found: Found, settings: Mapping[str, Any]) -> str:
+def report(methods: Sequence[Method], found: Found, settings: Mapping[str, Any]) -> str:
     """As much of the tables as there are results for, below what they are of."""
     devices = sorted({entry["device"] for entry in found.values()})
     lines = [
@@ -169,22 +177,25 @@ def report(found: Found, settings: Mapping[str, Any]) -> str:
         + f"{', '.join(settings['tasks'])}; on {', '.join(devices) or 'nothing yet'}",
         "",
     ]
-    if not missing([*tuning(), RAW[HELD_BACK]], found):
-        lines += tuning_table(found)
-        if not missing([*trials(found), RAW[TEST]], found):
-            lines += ["", *test_table(found)]
+    if not missing([*tuning(methods), RAW[HELD_BACK]], found):
+        lines += tuning_table(methods, found)
+        if not missing([*trials(methods, found), RAW[TEST]], found):
+            lines += ["", *test_table(methods, found)]
     return "\n".join(lines)
 
 
-def tuning_table(found: Found) -> list[str]:
+def tuning_table(methods: Sequence[Method], found: Found) -> list[str]:
     """Held-back accuracy at each learning rate; the chosen one is marked, and so is a choice at the edge."""
     raw = mean_accuracy(accuracies_of(found[RAW[HELD_BACK].key]))
     lines = [
         f"Held-back rows, mean accuracy in percent, seed {TUNING_SEED}; raw model {100 * raw:.1f}"
     ]
-    lines += ["", "| method | " + " | ".join(f"{rate:g}" for rate in RATES) + " | chosen |"]
-    lines.append("| --- |" + " --- |" * (len(RATES) + 1))
-    for method in METHODS:
+    lines += [
+        "",
+        "| method | " + " | ".join(f"{rate:g}" for rate in methods[0].rates) + " | chosen |",
+    ]
+    lines.append("| --- |" + " --- |" * (len(methods[0].rates) + 1))
+    for method in methods:
         cells, best = [], best_rate(method, found)
         for rate in method.rates:
             entry = found[Run(method, rate, TUNING_SEED, HELD_BACK).key]
@@ -197,15 +208,15 @@ def tuning_table(found: Found) -> list[str]:
     return lines
 
 
-def test_table(found: Found) -> list[str]:
+def test_table(methods: Sequence[Method], found: Found) -> list[str]:
     """Accuracy of each method, and differences that are paired by question."""
     raw = found[RAW[TEST].key]
-    runs = {method: [r for r in trials(found) if r.method == method] for method in METHODS}
+    runs = {m: [run for run in trials(methods, found) if run.method == m] for m in methods}
     entries = {method: [found[run.key] for run in own] for method, own in runs.items()}
     failed = [run.key for own in runs.values() for run in own if "failed" in found[run.key]]
     if failed:
         return [f"no table: these trainings failed: {'; '.join(failed)}"]
-    named = {m.name: [accuracies_of(entry) for entry in entries[m]] for m in METHODS}
+    named = {m.name: [accuracies_of(entry) for entry in entries[m]] for m in methods}
     questions = sum(len(text) for text in raw["right"].values())
     lines = [
         f"Test rows, accuracy in percent; {questions} questions, {len(TEST_SEEDS)} seeds; 95 % intervals over seeds",
@@ -223,9 +234,9 @@ def test_table(found: Found) -> list[str]:
         "| --- | --- | --- |",
     ]
     before = [right_of(raw)] * len(TEST_SEEDS)
-    after = {m: [right_of(entry) for entry in entries[m]] for m in METHODS}
-    ours, *others = METHODS
-    pairs = [(m.name, "raw model", before, after[m]) for m in METHODS]
+    after = {m: [right_of(entry) for entry in entries[m]] for m in methods}
+    ours, *others = methods
+    pairs = [(m.name, "raw model", before, after[m]) for m in methods]
     pairs += [(ours.name, other.name, after[other], after[ours]) for other in others]
     for name, against, first, second in pairs:
         whole, low, high = (100 * value for value in difference(first, second))
@@ -279,6 +290,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="as for train-llm (smollm2-135m)")
     add("--tasks", nargs="+", default=["boolq", "arc_easy", "piqa"], choices=TASKS)
     add("--answers", choices=("text", "name"), default="text", help="as for train-llm (text)")
+    add("--methods", nargs="+", choices=NAMES, default=list(NAMES), help="ours first (all)")
+    add(
+        "--rates",
+        type=int,
+        choices=(7, 4, 3, 2),
+        default=7,
+        help="to choose from, of two decades (7)",
+    )
     add("--train_rows", type=int, default=700, help="of each task, to learn from (700)")
     add("--held_rows", type=int, default=300, help="of each task, to choose rates by (300)")
     add("--test_rows", type=int, default=1000, help="of each task, at most (1000)")
@@ -333,18 +352,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     budget, settings = budget_of(options)
     found, clock = read_results(options.output, settings), Clock(options.limit_minutes)
-    total = len(tuning()) + len(METHODS) * len(TEST_SEEDS) + len(RAW)
+    methods = methods_of(options.methods, options.rates)
+    total = len(tuning(methods)) + len(methods) * len(TEST_SEEDS) + len(RAW)
     on_device(options.device)
     setup = (budget, options.device, 1 if options.jobs > 1 else torch.get_num_threads())
     pool = None
-    if len(found) < total and options.jobs > 1:
+    planned = [*RAW.values(), *tuning(methods)]
+    complete = not missing(planned, found) and not missing(trials(methods, found), found)
+    if not complete and options.jobs > 1:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(options.jobs, context, initializer=_begin, initargs=setup)
-    elif len(found) < total:
+    elif not complete:
         _begin(*setup)
     try:
         # The test rows wait until the rates are chosen.
-        for plan in (lambda: [RAW[HELD_BACK], RAW[TEST], *tuning()], lambda: trials(found)):
+        for plan in (lambda: planned, lambda: trials(methods, found)):
             for run, entry in done(missing(plan(), found), pool, options.jobs, clock):
                 found[run.key] = entry
                 write_results(options.output, settings, found)
@@ -354,9 +376,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-    print(report(found, settings))
-    if len(found) < total:
-        print(f"{len(found)} of {total} runs are done; the same command goes on from here")
+    print(report(methods, found, settings))
+    if missing(planned, found) or missing(trials(methods, found), found):
+        print(f"{len(found)} runs are done, {total} are needed; the same command goes on from here")
         return 3
     return 0
 

@@ -10,11 +10,13 @@ from unittest import mock
 import pytest
 
 from benchmarks import commonsense, commonsense_runs
-from benchmarks.commonsense import METHODS, RATES, RAW, TEST_SEEDS, TUNING_SEED
+from benchmarks.commonsense import NAMES, RATES, RAW, TEST_SEEDS, TUNING_SEED
 from benchmarks.commonsense_runs import HELD_BACK, TEST, Run
 from dreamrie.errors import ConfigError
 from dreamrie.llm.data import Example
 from tests.llm import small
+
+METHODS = commonsense.methods_of(list(NAMES), len(RATES))
 
 
 def entry(right: int, of: int = 20, log_probability: float = -5.0) -> dict[str, Any]:
@@ -58,8 +60,17 @@ def test_methods_are_tuned_alike() -> None:
         steps = [b / a for a, b in zip(method.rates, method.rates[1:], strict=False)]
         assert steps == pytest.approx([100 ** (1 / 6)] * 6, rel=0.01)
     assert TUNING_SEED not in TEST_SEEDS
-    assert {run.part for run in commonsense.tuning()} == {HELD_BACK}
-    assert len({run.key for run in commonsense.tuning()}) == 21
+    assert {run.part for run in commonsense.tuning(METHODS)} == {HELD_BACK}
+    assert len({run.key for run in commonsense.tuning(METHODS)}) == 21
+
+
+def test_fewer_methods_and_rates_are_a_part_of_all() -> None:
+    """So that a larger comparison goes on from the results of a smaller one."""
+    few = commonsense.methods_of(["adamw", "riemannion"], 4)
+    assert [method.name for method in few] == ["adamw, r", "riemannion, LOI, r"]
+    assert {method.rates for method in few} == {(RATES[0], RATES[2], RATES[4], RATES[6])}
+    whole = {run.key for run in commonsense.tuning(METHODS)}
+    assert {run.key for run in commonsense.tuning(few)} < whole
 
 
 def test_the_rate_is_chosen_by_held_back_rows() -> None:
@@ -72,11 +83,13 @@ def test_the_rate_is_chosen_by_held_back_rows() -> None:
     assert commonsense.best_rate(method, found) == RATES[4]
     found[key] = {"device": "cpu", "failed": "the loss was not finite"}
     assert commonsense.best_rate(method, found) == RATES[0]
-    assert {run.rate for run in commonsense.trials(found) if run.method == method} == {RATES[0]}
+    assert {run.rate for run in commonsense.trials(METHODS, found) if run.method == method} == {
+        RATES[0]
+    }
 
 
 def test_the_tables_say_what_was_measured() -> None:
-    lines = commonsense.report(results(BEST), SETTINGS).splitlines()
+    lines = commonsense.report(METHODS, results(BEST), SETTINGS).splitlines()
     assert lines[0] == "m, fp32, answers by text, 5 steps of 2 examples, r = 3; piqa, boolq; on cpu"
     assert lines[2].endswith("raw model 40.0")
     rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
@@ -100,14 +113,16 @@ def test_the_tables_say_what_was_measured() -> None:
 def test_tables_wait_for_their_numbers() -> None:
     found = results(BEST)
     last = found.pop(Run(METHODS[2], BEST[METHODS[2].name], 3, TEST).key)
-    assert "Test rows" not in commonsense.report(found, SETTINGS)
-    assert "Held-back rows" in commonsense.report(found, SETTINGS)
+    assert "Test rows" not in commonsense.report(METHODS, found, SETTINGS)
+    assert "Held-back rows" in commonsense.report(METHODS, found, SETTINGS)
     found.pop(Run(METHODS[0], RATES[6], TUNING_SEED, HELD_BACK).key)
-    assert commonsense.report(found, SETTINGS).count("\n") == 1
+    assert commonsense.report(METHODS, found, SETTINGS).count("\n") == 1
     found = results(BEST)
     failed = Run(METHODS[2], BEST[METHODS[2].name], 3, TEST).key
     found[failed] = {"device": last["device"], "failed": "the loss was not finite"}
-    assert f"no table: these trainings failed: {failed}" in commonsense.report(found, SETTINGS)
+    assert f"no table: these trainings failed: {failed}" in commonsense.report(
+        METHODS, found, SETTINGS
+    )
 
 
 def test_nothing_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +200,7 @@ def world(folder: Path) -> list[str]:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods with one rate and one seed."""
     short = [commonsense.Method(m.name, m.optimizer, m.widths, RATES[-1:]) for m in METHODS[:2]]
-    monkeypatch.setattr(commonsense, "METHODS", tuple(short))
+    monkeypatch.setattr(commonsense, "methods_of", lambda *_: tuple(short))
     monkeypatch.setattr(commonsense, "TEST_SEEDS", (1,))
 
 
@@ -214,7 +229,10 @@ def test_a_stopped_benchmark_goes_on(
     flags, file = world(tmp_path), tmp_path / "results.json"
     with mock.patch.object(commonsense.Clock, "allows", side_effect=lambda: not file.exists()):
         assert commonsense.main(flags) == 3
-    assert "1 of 6 runs are done; the same command goes on from here" in capsys.readouterr().out
+    assert (
+        "1 runs are done, 6 are needed; the same command goes on from here"
+        in capsys.readouterr().out
+    )
     first = json.loads(file.read_text("utf-8"))
     assert list(first["runs"]) == ["raw, held back"]
     assert commonsense.main(flags) == 0

@@ -189,7 +189,7 @@ def test_the_slow_parts_are_announced(
         next(place for place, message in enumerate(caplog.messages) if words in message)
         for words in (
             "making 1 of 1 class pictures",
-            "LOI: gradient of 2 batches of 2 pictures",
+            "start loi: from 2 batches of 2",
             "Samples before training",
         )
     ]
