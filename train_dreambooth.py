@@ -32,7 +32,7 @@ from dreamrie.diffusion.rehearsal import rehearse
 from dreamrie.diffusion.resume import checkpoint_plan
 from dreamrie.diffusion.task import DreamBoothTask, picture_unit
 from dreamrie.errors import ConfigError, DreamrieError
-from dreamrie.lora import attach_lora, keep_in_fp32
+from dreamrie.lora import attach_lora
 from dreamrie.lora.apart import keep_apart
 from dreamrie.run_folder import check_not_in_use, check_output_dir
 from dreamrie.runlog import RunLog, check_records, exit_code, start_logging
@@ -58,7 +58,6 @@ def build_task(config: TrainConfig, device: torch.device, processes: int) -> Dre
     others = read_others(components, config.adapter.other_adapters)
     layout = config.adapter.layout
     pairs = attach_lora(unet, target_modules=ATTENTION_TARGETS, generator=generator, **layout)
-    keep_in_fp32(pairs)
     keep_apart(pairs, others)
     resolution = check_request(components, config)
     concept = ConceptSet(

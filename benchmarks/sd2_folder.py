@@ -7,56 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.unet import SIZES, make_unet
 from dreamrie.diffusion.source import embedded_directory, quiet_libraries
 
-# Of stable-diffusion-2-base, from the configurations in its folder. "small" has its classes at a size for a laptop.
-UNETS: dict[str, dict[str, Any]] = {
-    "full": {
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "small": {
-        "sample_size": 16,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "cross_attention_dim": 64,
-        "attention_head_dim": (2, 4),
-        "use_linear_projection": True,
-    },
-}
+# Of stable-diffusion-2-base, from the configurations in its folder; "small" has its classes at a size for a laptop.
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "full": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
     "small": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
 }
 TEXTS: dict[str, dict[str, int]] = {
     "full": {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16},
-    "small": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "small": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-SIZES = tuple(UNETS)
-
-
-def make_unet(size: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """SD2's U-Net with random weights, made where it will be used.
-
-    Args:
-        size: "full" (865.9 M parameters) or "small".
-        device: where.
-        dtype: of the weights.
-
-    Returns:
-        The U-Net, `UNet2DConditionModel`.
-    """
-    with torch.device(device):
-        return UNet2DConditionModel(**UNETS[size]).to(dtype)
 
 
 def write_folder(folder: Path, size: str, device: torch.device, dtype: torch.dtype) -> Path:
@@ -64,7 +29,7 @@ def write_folder(folder: Path, size: str, device: torch.device, dtype: torch.dty
 
     Args:
         folder: gets unet/, vae/, text_encoder/, tokenizer/, scheduler/ and model_index.json.
-        size: see `make_unet`.
+        size: key of `benchmarks.unet.SIZES`.
         device: where the random numbers are drawn.
         dtype: of the files.
 
@@ -96,7 +61,7 @@ def write_folder(folder: Path, size: str, device: torch.device, dtype: torch.dty
         vae=vae.to(dtype),
         text_encoder=encoder.to(dtype),
         tokenizer=tokenizer,
-        unet=make_unet(size, device, dtype),
+        unet=make_unet(SIZES[size], device).to(dtype),
         scheduler=DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
             clip_sample=False, prediction_type="epsilon",

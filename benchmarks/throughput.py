@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.sd2_folder import SIZES, write_folder
+from benchmarks.sd2_folder import write_folder
+from benchmarks.unet import SIZES
 from dreamrie.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent

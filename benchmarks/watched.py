@@ -8,7 +8,6 @@ torch calls a hook after each step of each optimizer, so that two scripts are ti
 from __future__ import annotations
 
 import json
-import resource
 import runpy
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dreamrie.trainer.rehearsal import peak_memory
 
 
 def watch(output: Path, script: Path, arguments: list[str]) -> None:
@@ -33,11 +34,8 @@ def watch(output: Path, script: Path, arguments: list[str]) -> None:
     def note(*_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         ends.append(time.perf_counter())
-        output.write_text(json.dumps({"ends": ends, "peak_bytes": peak}))
+        output.write_text(json.dumps({"ends": ends, "peak_bytes": peak_memory()[0]}))
 
     register_optimizer_step_post_hook(note)
     sys.argv = [str(script), *arguments]

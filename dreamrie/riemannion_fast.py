@@ -315,14 +315,14 @@ def _exact_where(doubtful: Tensor, work: Work, result: StepResult) -> StepResult
     if not bool(doubtful.any()):
         return result
     rows = doubtful.nonzero().squeeze(-1)
-    exact = fused_step(
-        FusedState(*(part[rows] for part in work.state)),
-        work.gradient_v[rows],
-        work.gradient_t_u[rows],
-        work.options,
-        None,
-        work.core_direction,
-    )
+    if work.core_direction is None:
+        few = FusedState(*(part[rows] for part in work.state))
+        exact = fused_step(few, work.gradient_v[rows], work.gradient_t_u[rows], work.options)
+    else:
+        # A spectral map holds numbers of every layer of the batch, in its order.
+        whole = fused_step(*work)
+        state = FusedState(*(part[rows] for part in whole.state))
+        exact = StepResult(state, *(part[rows] for part in whole[1:]))
     parts = [part.clone() for part in (*result.state, *result[1:])]
     for part, other in zip(parts, (*exact.state, *exact[1:]), strict=True):
         part[rows] = other

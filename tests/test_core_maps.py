@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dreamrie import riemannion_fast
 from dreamrie.core_maps import CORE_MAPS, best_quintics
 from dreamrie.optimizer_table import CORE_MAP_NAMES
-from tests.strategies import F32, noise
+from dreamrie.riemannion import Riemannion
+from tests.strategies import F32, Layer, make_pairs, noise
 
 
 def test_the_names_of_the_flag_are_those_of_the_maps() -> None:
@@ -49,3 +51,30 @@ def test_the_quintics_are_made_once() -> None:
 def test_the_quintics_stop_where_rounding_begins() -> None:
     """Asked for more than there is to gain, it gives fewer."""
     assert len(best_quintics(0.01, 9)) < 9
+
+
+@pytest.mark.parametrize("name", sorted(CORE_MAPS))
+def test_a_layer_that_needs_the_exact_step_has_its_own_numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient of rank one in the second of three layers: the fast step gives it, and it alone, to the exact one."""
+
+    def path(exact: bool) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        pairs = make_pairs([Layer(20, 16, 3, 1.0)] * 3, dtype=F32)
+        optimizer = Riemannion(pairs, lr=0.02, core_map=name)
+        with monkeypatch.context() as patch:
+            if exact:
+                patch.setattr(riemannion_fast, "can_be_fast", lambda work: False)
+            for _ in range(3):
+                for number, pair in enumerate(pairs):
+                    dense = torch.randn(20, 16, generator=generator)
+                    if number == 1:
+                        dense = dense[:, :1] @ dense[:1]
+                    pair.left.grad = pair.scaling * dense @ pair.right.detach().T
+                    pair.right.grad = pair.scaling * pair.left.detach().T @ dense
+                optimizer.step()
+        return [pair.scaling * pair.left.detach() @ pair.right.detach() for pair in pairs]
+
+    for fast, exact in zip(path(exact=False), path(exact=True), strict=True):
+        torch.testing.assert_close(fast, exact, rtol=0, atol=2e-4)

@@ -234,7 +234,7 @@ def run(task: Task, records: Records, path: Path) -> bool:
         if name not in records.base
     ]
     jobs += jobs_of(todo, task.stack)
-    if not todo:
+    if not jobs:
         return True
     deadline = started + 60 * task.minutes if task.minutes else float("inf")
     with tempfile.TemporaryDirectory() as folder:
@@ -257,7 +257,8 @@ def run(task: Task, records: Records, path: Path) -> bool:
                 failures = failures + 1 if outcome.failure else 0
                 if failures == MAX_FAILURES:
                     raise SystemExit(f"{failures} failures in a row: given up")
-    return not missing(task.cells, task.concepts, records.cells)
+    compared = all(name in records.base for name in task.concepts)
+    return compared and not missing(task.cells, task.concepts, records.cells)
 
 
 def _until(results: Any, end: float) -> Iterator[Outcome]:
@@ -283,6 +284,7 @@ def _take(outcome: Outcome, records: Records, path: Path, elapsed: float) -> Non
         return
     if job.kind == "base":
         records.base[job.concepts[0]] = content[0]
+        records.write(path)
     if job.kind == "cell":
         scores: dict[str, Scores] = content
         records.add(cell, scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,3 @@ def read_records(paths: Sequence[Path]) -> Records:
         for *key, scores in content["cells"]:
             found.add(Cell(*key), scores)
     return found
-
-
-def trainings(cells: Iterable[dict[str, Scores]]) -> int:
-    """How many trainings there are."""
-    return sum(len(scores) for scores in cells)

@@ -12,6 +12,7 @@ from pathlib import Path
 from dreamrie.commands.files import FILE_HELP
 from dreamrie.errors import ConfigError
 from dreamrie.llm.evaluating import Base, Questions, evaluate, table
+from dreamrie.llm.models import QUANTIZERS
 from dreamrie.trainer import make_accelerator
 
 HELP = "accuracy of a language model and its adapters on questions with choices"
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLACE",
         help="files, or folders that hold TASK.test.jsonl",
     )
+    add("--quantization", choices=tuple(QUANTIZERS), help="as in training (none)")
     add("--adapter", nargs="+", default=[], metavar="DIR", help=FILE_HELP + "; several: seeds")
     add("--base", action="store_true", help="beside adapters, also the model without one")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="only these (all)")
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
     )
     found = evaluate(
-        Base(options.model, options.revision, options.base_precision),
+        Base(options.model, options.revision, options.base_precision, options.quantization),
         [*alone, *options.adapter],
         questions,
         device=make_accelerator().device,

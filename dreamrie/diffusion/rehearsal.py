@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.optim import Optimizer
+
 from dreamrie.config import TrainConfig
 from dreamrie.diffusion.pipeline import sample
 from dreamrie.diffusion.task import DreamBoothTask
+from dreamrie.errors import DreamrieError
 from dreamrie.init_table import INITS
 from dreamrie.trainer import LoopSettings
 from dreamrie.trainer.rehearsal import Estimate, peak_memory, quietly, step_seconds, timed
@@ -27,29 +30,31 @@ def rehearse(config: TrainConfig, task: DreamBoothTask, accelerator: Any) -> str
     Returns:
         Lines for the end of `explain`.
     """
-    with quietly():
-        prepare, name = 0.0, str(config.adapter.init)
-        if INITS[name].needs == "batches" and not config.run.resume_from_checkpoint:
-            few, more = (_start_seconds(config, task, count) for count in (FEW, MORE))
-            each = max(0.0, more - few) / (MORE - FEW)
-            prepare = few + (config.adapter.loi_batches - FEW) * each
-        optimizer, _ = start_adapter(_with_batches(config, FEW), task)
-        settings = LoopSettings(**config.loop_values())
-        steps = step_seconds(task, optimizer, settings, accelerator) * settings.max_steps
-        looks = _looks(config, task)
-    found = Estimate(prepare, steps, looks, *peak_memory())
+    try:
+        with quietly():
+            found = _estimate(config, task, accelerator)
+    except DreamrieError as error:
+        reason = str(error).splitlines()[0]
+        return f"# time and memory: not estimated, because a short try failed: {reason}"
     return "\n".join(f"# {line}" for line in found.describe())
 
 
-def _start_seconds(config: TrainConfig, task: DreamBoothTask, count: int) -> float:
-    """Seconds of a start from so many batches."""
-    return timed(lambda: start_adapter(_with_batches(config, count), task))
+def _estimate(config: TrainConfig, task: DreamBoothTask, accelerator: Any) -> Estimate:
+    """Try each part and multiply out."""
+    optimizers: list[Optimizer] = []
 
+    def start(count: int) -> float:
+        adapter = config.adapter.model_copy(update={"loi_batches": count})
+        short = config.model_copy(update={"adapter": adapter})
+        return timed(lambda: optimizers.append(start_adapter(short, task)[0]))
 
-def _with_batches(config: TrainConfig, count: int) -> TrainConfig:
-    """The same settings with a shorter initialization."""
-    adapter = config.adapter.model_copy(update={"loi_batches": count})
-    return config.model_copy(update={"adapter": adapter})
+    prepare, few = 0.0, start(FEW)
+    if INITS[str(config.adapter.init)].needs == "batches" and not config.run.resume_from_checkpoint:
+        each = max(0.0, start(MORE) - few) / (MORE - FEW)
+        prepare = few + (config.adapter.loi_batches - FEW) * each
+    settings = LoopSettings(**config.loop_values())
+    steps = step_seconds(task, optimizers[-1], settings, accelerator) * settings.max_steps
+    return Estimate(prepare, steps, _looks(config, task), *peak_memory())
 
 
 def _looks(config: TrainConfig, task: DreamBoothTask) -> float:

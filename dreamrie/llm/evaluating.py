@@ -60,11 +60,13 @@ class Base:
         name: as `load_language_model` takes it.
         revision: of the Hub.
         precision: of its weights in memory.
+        quantization: as for `load_language_model`; an adapter belongs to the base that it was trained on.
     """
 
     name: str
     revision: str | None = None
     precision: str = "fp32"
+    quantization: str | None = None
 
 
 def evaluate(
@@ -101,7 +103,11 @@ def evaluate(
     )
     check_choices(examples)
     language = load_language_model(
-        base.name, revision=base.revision, precision=base.precision, device=device
+        base.name,
+        revision=base.revision,
+        precision=base.precision,
+        quantization=base.quantization,
+        device=device,
     )
     renderer = Renderer(language.tokenizer, questions.template)
     encoder = Encoder(renderer, context_length(language.model, questions.max_length))

@@ -16,7 +16,7 @@ from dreamrie.llm.models import LanguageModel, load_language_model
 from dreamrie.llm.targets import target_modules
 from dreamrie.llm.task import CausalLmTask
 from dreamrie.llm.templates import Renderer
-from dreamrie.lora import attach_lora, keep_in_fp32
+from dreamrie.lora import attach_lora
 from dreamrie.optimizers import describe_optimizer, trained_numbers
 from dreamrie.publishing.hub import check_hub
 from dreamrie.run_folder import check_output_dir, folder_for_older_run
@@ -116,7 +116,6 @@ def build_task(request: Request, processes: int) -> CausalLmTask:
         generator=torch.Generator().manual_seed(seed),
         **adapter.layout,
     )
-    keep_in_fp32(pairs)
     return CausalLmTask(
         language.model,
         pairs,

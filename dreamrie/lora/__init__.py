@@ -17,7 +17,6 @@ from dreamrie.lora.inits import start_pairs
 from dreamrie.lora.pairs import (
     LoraPair,
     candidate_names,
-    keep_in_fp32,
     lora_pairs,
     mask_anchor_gradients_,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "change_of",
     "combine",
     "export_factors",
-    "keep_in_fp32",
     "kept_energy",
     "lora_pairs",
     "mask_anchor_gradients_",

@@ -35,6 +35,7 @@ from dreamrie.lora.pairs import (
     LoraPair,
     adaptable_modules,
     candidate_names,
+    keep_in_fp32,
     lora_pairs,
 )
 
@@ -116,6 +117,7 @@ def attach_lora(
                 f"PEFT adapted {len(pairs)} layers where {len(layers)} match {target_modules!r}; "
                 "name the layers by their full paths."
             )
+        keep_in_fp32(pairs)
         for pair in pairs:
             # PEFT builds the dropout in train mode even inside a model in eval mode.
             pair.module.train(layers[pair.name].training)

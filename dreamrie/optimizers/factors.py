@@ -106,6 +106,8 @@ def _decayed(
     """Return the new factors at c = 1."""
     group = layers[0].group
     lr, decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor):  # of one element; without a dimension it may lie on another device
+        lr = lr.reshape(())
     left, right = sides
     if not decay:
         return left.factor - lr * answer.left, right.factor - lr * answer.right

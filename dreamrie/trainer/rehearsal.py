@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,22 +84,33 @@ def step_seconds(
 
     Returns:
         Seconds.
+
+    Raises:
+        KeyboardInterrupt: a signal asked the steps to stop.
     """
     silent = dataclasses.replace(
         settings, validation_steps=None, score_steps=None, spectrum_steps=None, warmup_steps=0
     )
+    peaks = [group["lr"] for group in optimizer.param_groups]
     for steps in (WARM_UP_STEPS, TIMED_STEPS):
+        # A schedule leaves the rate of its end behind.
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak
         with RunLog(None, steps) as log:
             short = dataclasses.replace(silent, max_steps=steps)
-            seconds = train(task, optimizer, short, log, accelerator).seconds
-    return seconds / TIMED_STEPS
+            result = train(task, optimizer, short, log, accelerator)
+        if result.interrupted:
+            raise KeyboardInterrupt
+    return result.seconds / TIMED_STEPS
 
 
 def peak_memory() -> tuple[int, bool]:
     """Largest memory so far in bytes, and whether it is the GPU's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), True
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, False
+    # Kilobytes, on a Mac bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, False
 
 
 def _wait() -> None:

@@ -27,6 +27,7 @@ from dreamrie.checkpoint import (
 )
 from dreamrie.errors import CheckpointError, ConfigError, NumericalError
 from dreamrie.runlog import RunLog
+from dreamrie.team import Team
 from dreamrie.trainer.scoring import Scorer, Verdict
 from dreamrie.trainer.task import Task
 
@@ -139,7 +140,7 @@ class Saver:
             verdict: of the last scoring.
 
         Returns:
-            Whether it is there; True on processes that write nothing.
+            Whether it is there, the same on all processes.
         """
         folder, written = self.log.output_dir, True
         if folder is not None:
@@ -155,8 +156,8 @@ class Saver:
                 )
                 failure = f"{error}\n  training goes on; {kept}"
                 logger.error(failure)  # noqa: TRY400  as every message
-        self.accelerator.wait_for_everyone()
-        return written
+        # All must know, or one of them writes once more at a stop while the others do not.
+        return Team.here().total(int(not written), self.accelerator.device) == 0
 
     def restore(self, checkpoint: Checkpoint) -> tuple[Progress, Verdict | None]:
         """Put adapter, optimizer, loss scale and scorer into the state of a checkpoint.

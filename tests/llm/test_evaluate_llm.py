@@ -168,3 +168,16 @@ def test_what_cannot_be_asked_is_one_message(caplog: pytest.LogCaptureFixture) -
             caplog.clear()
             assert main([*words, *more]) == 2
             assert message in caplog.text
+
+
+def test_the_base_is_packed_as_in_the_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter of a packed base is refused on the unpacked one, so the base can be packed here, too."""
+    with world() as places, mock.patch.object(real, "load_language_model") as load:
+        load.side_effect = RuntimeError("asked")
+        flags = ["--model", places["model"], "--data", places["data"], "--quantization", "nf4"]
+        with pytest.raises(RuntimeError, match="asked"):
+            main(["evaluate-llm", *flags])
+    assert load.call_args.kwargs["quantization"] == "nf4"
+    with pytest.raises(SystemExit):
+        main(["evaluate-llm", *flags[:-1], "nf5"])
+    assert "choose from" in capsys.readouterr().err
