@@ -106,6 +106,8 @@ def test_the_hook_outlives_switching_gradients_off_and_keeps_the_type() -> None:
     for dtype, bar in ((F64, 1e-14), (torch.bfloat16, 1e-2)):
         model = nets.net(dtype=dtype).eval()
         pairs = attach_lora(model, 2, ["first"])
+        for factor in (pairs[0].left, pairs[0].right):
+            factor.data = factor.data.to(dtype)
         keep_apart(pairs, [{"first": change(21, 81, 3)}])
         pairs[0].right.requires_grad_(False)
         pairs[0].right.requires_grad_(True)
