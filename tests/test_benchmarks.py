@@ -34,6 +34,7 @@ def test_the_yardstick_is_the_mean_of_the_gradients(tmp_path: Path, disc_picture
         torch.testing.assert_close(mean, (one + two) / 2, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_known_gradient_is_captured_completely(tmp_path: Path, disc_pictures: Path) -> None:
     """The first row is 1.0000; the others lie between 0 and 1, with fewer digits of luck."""
     flags = [*flags_for(tmp_path, disc_pictures), "--loi_batches", str(BATCHES)]

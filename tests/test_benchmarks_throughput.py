@@ -45,6 +45,7 @@ def test_every_step_of_a_foreign_script_is_noted(tmp_path: Path) -> None:
     assert found["peak_bytes"] > 100 * 2**20  # torch alone is more
 
 
+@pytest.mark.slow
 def test_the_median_leaves_the_first_steps_out(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

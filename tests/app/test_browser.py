@@ -80,6 +80,7 @@ def generate_with_an_example(page: Any, folder: Path) -> None:
     page.locator("button", has_text="Seed, size, steps").click()
 
 
+@pytest.mark.slow
 def test_from_an_empty_page_to_a_picture_and_back(tmp_path: Path) -> None:
     """The short way, with the real model: draw with an example, look at every tab."""
     by.require_browser()

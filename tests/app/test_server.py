@@ -214,6 +214,7 @@ def color_in(path: Path) -> tuple[int, ...]:
     return found
 
 
+@pytest.mark.slow
 def test_a_closed_page_gives_up_its_place(tmp_path: Path) -> None:
     """Who closes the page while waiting or drawing does not hold up the others; never two on the device."""
     with fake_page(tmp_path / "data", "--step", "3") as running:

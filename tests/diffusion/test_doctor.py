@@ -319,6 +319,7 @@ def test_no_two_copies_share_a_name(names: list[str], expected: list[str]) -> No
     assert list(clean_copy.new_names([Path(name) for name in names]).values()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the photos are not at {PHOTOS}")
 def test_real_photos_are_well_and_their_bad_copies_are_not(tmp_path: Path) -> None:
     """The thresholds, measured: no photo is found at fault, and copies that are blurred or repeated are."""

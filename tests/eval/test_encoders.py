@@ -98,6 +98,7 @@ def test_dinov2_sees_224_pixels() -> None:
     assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
 
 
+@pytest.mark.slow
 def test_open_clip_and_transformers_agree_on_vit_b_32() -> None:
     """Random weights, pictures and texts, 1e-5; the same weights without QuickGELU differ."""
     model = twins.randomized(open_clip.create_model("ViT-B-32-quickgelu", pretrained=None), 2)
