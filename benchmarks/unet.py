@@ -101,8 +101,6 @@ class Training:
         start = "orthonormal" if anchored else "default"
         self.pairs = attach_lora(self.unet, rank, ATTENTION_TARGETS, init=start)
         self.factors = [factor for pair in self.pairs for factor in (pair.left, pair.right)]
-        for factor in self.factors:
-            factor.data = factor.data.float()
         self.optimizer = _optimizer(kind, self.pairs, self.factors)
         with device:
             shape = (size.batch, 4, size.latents, size.latents)

@@ -27,6 +27,7 @@ from dreamrie.riemannion_groups import (
     COUNTERS,
     count_skips,
     group_of_pairs,
+    learning_rate,
     load_exactly,
     tangent_norm,
 )
@@ -219,9 +220,8 @@ class Riemannion(Optimizer):
     def _work(self, batch: Batch) -> Work:
         """What the step takes, for one batch."""
         layers, group = batch.layers, batch.layers[0].group
-        lr = group["lr"]
         options = StepOptions(
-            lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            learning_rate(group),
             *(group[key] for key in StepOptions._fields[1:]),
         )
         anchored = group["decay_to"] == "anchor" and group["weight_decay"] and layers[0].anchor_rank

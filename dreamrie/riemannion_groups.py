@@ -172,3 +172,9 @@ def store_(entry: dict[str, Any], key: str, value: Tensor) -> None:
         entry[key].copy_(value)
     else:
         entry[key] = value.clone()
+
+
+def learning_rate(group: dict[str, Any]) -> float | Tensor:
+    """Rate of a group; a tensor of one element loses its dimension, with which it would have to lie on the device."""
+    lr: float | Tensor = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr

@@ -57,15 +57,27 @@ def noise_numbers(group: dict[str, Any], batch: Batch, state: State) -> dict[str
     """
     if group["core_map"] != "namo":
         return {}
-    zero = torch.zeros((), dtype=batch.state.s.dtype, device=batch.state.s.device)
-    entries = [state.get(layer.tall.parameter, {}) for layer in batch.layers]
-    moment, steps = (
-        torch.stack([entry.get(key, zero) for entry in entries])
-        for key in ("second_moment", "steps")
-    )
+    moment, steps = (kept_numbers(batch, state, 0, key) for key in ("second_moment", "steps"))
     normal = remove_component(batch.state.u, batch.gradient_v)
     square = normal.square().sum(dim=(-2, -1)) + batch.gradient_t_u.square().sum(dim=(-2, -1))
     return {
         "second_moment": NAMO_BETA2 * moment + (1 - NAMO_BETA2) * square,
         "steps": steps + 1,
     }
+
+
+def kept_numbers(batch: Batch, state: State, side: int, key: str) -> Tensor:
+    """Stack a number of each layer's state.
+
+    Args:
+        batch: layers of one shape.
+        state: of the optimizer; not written.
+        side: 0: kept with the tall factor, 1: with the short one.
+        key: its name.
+
+    Returns:
+        (layers,), zero where there is none yet.
+    """
+    zero = torch.zeros((), dtype=batch.state.s.dtype, device=batch.state.s.device)
+    entries = [state.get(layer.factors[side].parameter, {}) for layer in batch.layers]
+    return torch.stack([entry.get(key, zero) for entry in entries])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -63,8 +64,6 @@ def test_the_line_is_enough_for_the_flag(tmp_path: Path) -> None:
     """In a process whose table has the line, both commands offer the name, with its own defaults."""
     (tmp_path / "signs.py").write_text(FILE, "utf-8")
     program = f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
 from dreamrie.optimizer_table import OPTIMIZERS, Entry
 {LINE}
 from dreamrie.config import parse_config
@@ -73,7 +72,12 @@ settings = parse_config(flags).optimizer
 print(settings.optimizer, settings.learning_rate, settings.momentum)
 """
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.stdout == "signs 0.0003 0.9\n", run.stderr
 

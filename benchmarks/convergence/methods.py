@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dreamrie.config.method import usual_init
+from dreamrie.config.method import usual_init, usual_start_scale
 from dreamrie.init_table import INITS
 from dreamrie.optimizer_table import OPTIMIZERS
 
@@ -54,7 +54,7 @@ class Method:
 
     def start_scale(self, rank: int, lr: float) -> float:
         """Singular value of a start called loi or orthonormal: the rule that the training script has for loi."""
-        return max(0.1 / rank**0.5, 10 * lr if OPTIMIZERS[self.optimizer].bounded_step else 0.0)
+        return usual_start_scale(self.optimizer, rank, lr)
 
 
 def parse_method(name: str) -> Method:

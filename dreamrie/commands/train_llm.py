@@ -67,7 +67,8 @@ def train_with(config: LlmConfig, command: Sequence[str]) -> bool:
     resume, config = find_resume(request.config)
     task = build_task(request, accelerator.num_processes)
     if config.run.dry_run:
-        accelerator.print(explain(request, task))
+        if accelerator.is_main_process:
+            sys.stdout.write(explain(request, task) + "\n")
         return True
     facts = run_facts(request, task)
     spread_base(accelerator, task, config)

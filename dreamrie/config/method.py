@@ -128,6 +128,21 @@ def idle_method(
     return found
 
 
+def usual_start_scale(name: str, rank: int, rate: float) -> float:
+    """Singular values of the locally optimal start, if none are given.
+
+    Args:
+        name: of the optimizer.
+        rank: r.
+        rate: peak learning rate.
+
+    Returns:
+        0.1 / sqrt(r), and no less than ten steps where the learning rate is the size of a step: a smaller start
+        would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
+    """
+    return max(0.1 / rank**0.5, 10 * rate if OPTIMIZERS[name].bounded_step else 0.0)
+
+
 def follow_method(
     adapter: StartSettings, optimizer: OptimizerSettings
 ) -> dict[str, dict[str, object]]:
@@ -144,8 +159,7 @@ def follow_method(
     init = adapter.init or usual_init(name)
     entry = OPTIMIZERS[name]
     rate = optimizer.learning_rate or entry.learning_rate
-    # A start below 10 steps would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
-    start = max(0.1 / rank**0.5, 10 * rate if entry.bounded_step else 0.0)
+    start = usual_start_scale(name, rank, rate)
     return {
         "optimizer": {
             "learning_rate": rate,

@@ -80,12 +80,7 @@ def push(folder: Path, hub_model_id: str, api: HfApi | None = None) -> str:
         ConfigError: the name is not one, or the folder holds no finished run.
         CheckpointError: the Hub is switched off, there is no valid token, or the upload failed. Nothing is lost.
     """
-
-    def collect() -> dict[str, Path]:
-        write_card(folder)
-        return hub_files(folder)
-
-    return publish(folder, hub_model_id, collect, api)
+    return publish(folder, hub_model_id, write_card, hub_files, api)
 
 
 def hub_files(folder: Path) -> dict[str, Path]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dreamrie.fixed_rank import masked_msign, working_dtype
 from dreamrie.optimizers.pair_optimizer import Move
+from dreamrie.riemannion_groups import learning_rate
 from dreamrie.riemannion_layers import (
     Layer,
     State,
@@ -105,9 +106,7 @@ def _decayed(
 ) -> tuple[Tensor, Tensor]:
     """Return the new factors at c = 1."""
     group = layers[0].group
-    lr, decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):  # of one element; without a dimension it may lie on another device
-        lr = lr.reshape(())
+    lr, decay = learning_rate(group), group["weight_decay"]
     left, right = sides
     if not decay:
         return left.factor - lr * answer.left, right.factor - lr * answer.right

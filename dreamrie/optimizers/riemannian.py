@@ -20,7 +20,9 @@ from dreamrie.fixed_rank import remove_component
 from dreamrie.optimizers.pair_optimizer import Move, PairOptimizer, Rule, Shapes
 from dreamrie.riemannion import Riemannion
 from dreamrie.riemannion_checks import LoraPairLike
+from dreamrie.riemannion_groups import learning_rate
 from dreamrie.riemannion_layers import Batch, Factor, Layer, State, anchor_of, read, scaling_of
+from dreamrie.riemannion_maps import kept_numbers
 from dreamrie.riemannion_step import StepOptions, balanced_factors, fused_step
 
 BETA2, EPS = 0.999, 1e-8
@@ -65,14 +67,14 @@ def _descend_scaled(layers: list[Layer], state: State) -> Move:
     """One step of RiemannAdam."""
     batch = read(layers, state)
     group, beta = batch.layers[0].group, batch.layers[0].group["momentum"]
-    steps = _kept(batch, state, 0, "steps") + 1
+    steps = kept_numbers(batch, state, 0, "steps") + 1
     corrected = group["bias_correction"]
     first = 1 - beta**steps if corrected else torch.ones_like(steps)
     second = 1 - BETA2**steps if corrected else torch.ones_like(steps)
     raw = (remove_component(batch.state.u, batch.gradient_v), batch.gradient_t_u)
     kept, weights = [], []
     for side, block in enumerate(raw):
-        average = second_moment(_kept(batch, state, side, "second_moment"), block)
+        average = second_moment(kept_numbers(batch, state, side, "second_moment"), block)
         kept.append(average)
         weights.append((1 / ((average / second).sqrt() + EPS) / first)[..., None, None])
     left, right = ({"second_moment": average} for average in kept)
@@ -98,9 +100,9 @@ def _moved(
 ) -> Move:
     """Step along the weighted momentum, retract and transport as Riemannion does."""
     layers, group = batch.layers, batch.layers[0].group
-    lr, beta = group["lr"], group["momentum"]
+    beta = group["momentum"]
     options = StepOptions(
-        lr.reshape(()) if isinstance(lr, Tensor) else lr,
+        learning_rate(group),
         beta,
         group["weight_decay"],
         group["sigma_floor"],
@@ -125,13 +127,6 @@ def _moved(
         {"basis": new.v, "momentum": new.m_right, **right},
         result.floor_hits + batch.lifted,
     )
-
-
-def _kept(batch: Batch, state: State, side: int, key: str) -> Tensor:
-    """Stack a number of each layer's state, zero where there is none yet; (layers,)."""
-    zero = torch.zeros((), dtype=batch.state.s.dtype, device=batch.state.s.device)
-    entries = [state.get(layer.factors[side].parameter, {}) for layer in batch.layers]
-    return torch.stack([entry.get(key, zero) for entry in entries])
 
 
 def _shapes(layer: Layer, factor: Factor) -> Shapes:

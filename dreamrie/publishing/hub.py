@@ -108,7 +108,8 @@ def plain_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 def publish(
     folder: Path,
     hub_model_id: str,
-    collect: Callable[[], Mapping[str, Path]],
+    write_card: Callable[[Path], Path],
+    files_of: Callable[[Path], Mapping[str, Path]],
     api: HfApi | None = None,
 ) -> str:
     """Publish a run: one commit, in a private repository unless it exists already.
@@ -116,7 +117,8 @@ def publish(
     Args:
         folder: output folder of a finished run.
         hub_model_id: OWNER/NAME, or NAME for a repository of the user's own.
-        collect: writes the model card, and returns path in the repository to file; asked when the Hub can be reached.
+        write_card: writes the model card of a folder, when the Hub can be reached.
+        files_of: path in the repository to the file, with the card there.
         api: of the Hub, for tests.
 
     Returns:
@@ -131,7 +133,8 @@ def publish(
         _check_access(name, hub)
     except ConfigError as error:
         raise CheckpointError(_not_pushed(error, folder, name)) from None
-    files = collect()
+    write_card(folder)
+    files = files_of(folder)
     _tell_of_folders(files)
     try:
         _log.info("pushing to %s: %s", name, ", ".join(files))
