@@ -17,8 +17,9 @@ from benchmarks.convergence.plan import (
     SEEDS,
     TEST,
     TUNING,
+    Budget,
     Cell,
-    marks,
+    best_cells,
     missing,
     plan,
     sweep_plan,
@@ -44,10 +45,9 @@ def test_a_grid_covers_two_decades_from_its_middle_outwards() -> None:
 
 
 def test_names_of_methods() -> None:
-    """Optimizer, twice the rank, start: the usual start where none is named."""
-    assert parse_method("riemannion") == Method("riemannion", "riemannion", "loi", 1)
-    assert parse_method("adamw-2r") == Method("adamw-2r", "adamw", "default", 2)
-    assert parse_method("adamw-2r+pissa") == Method("adamw-2r+pissa", "adamw", "pissa", 2)
+    """Optimizer and start: the usual start where none is named."""
+    assert parse_method("riemannion") == Method("riemannion", "riemannion", "loi")
+    assert parse_method("adamw+pissa") == Method("adamw+pissa", "adamw", "pissa")
     # 0.1 / sqrt(4) = 0.05, and ten steps of 0.02 are more.
     assert parse_method("riemannion").start_scale(4, 0.001) == pytest.approx(0.05)
     assert parse_method("riemannion").start_scale(4, 0.02) == pytest.approx(0.2)
@@ -88,8 +88,9 @@ def test_a_plan_that_is_cut_short_is_balanced() -> None:
 
 
 def test_marks_are_where_the_curve_is_read() -> None:
-    assert marks(400) == [50, 100, 150, 200, 300, 400]
-    assert marks(4) == [1, 2, 3, 4]
+    assert Budget(400, is_curve=True).marks == [50, 100, 150, 200, 300, 400]
+    assert Budget(4, is_curve=True).marks == [1, 2, 3, 4]
+    assert Budget(400).marks == [400]
 
 
 def test_only_what_is_missing_is_done() -> None:
@@ -120,39 +121,66 @@ def test_a_sweep_changes_one_setting_on_tuning_concepts() -> None:
     cells = sweep_plan("momentum", 4, (0, 1), 2e-2)
     assert {cell[:3] for cell in cells} == {("riemannion+loi", 4, 2e-2)}
     assert [cell.setting for cell in cells[:3]] == ["momentum=0", "momentum=0.5", "momentum=0.8"]
-    options = make_parser().parse_args(
-        ["run", "--sweep", "batches", "--seeds", "0", "--ranks", "8"]
-    )
-    assert [cell.setting for cell in cells_of(options)] == [
+    options = make_parser().parse_args(["run", "batches", "--ranks", "8"])
+    cells = cells_of(options, Records())
+    assert [cell.setting for cell in cells] == [
         "batches=1",
         "batches=4",
         "batches=16",
         "batches=32",
         "batches=128",
     ]
-    starts = [job for job in jobs_of([(cell, ("owl",)) for cell in cells_of(options)])]
+    starts = [job for job in jobs_of([(cell, ("owl",)) for cell in cells])]
     assert sum(job.kind == "start" for job in starts) == 5
 
 
+def _cells(*words: str, tuned: Records | None = None) -> list[Cell]:
+    return cells_of(make_parser().parse_args(["run", *words]), tuned or Records())
+
+
 def test_the_usual_command_is_the_whole_plan() -> None:
-    cells = cells_of(make_parser().parse_args(["run"]))
+    cells = _cells("test", "--seeds", *map(str, SEEDS))
     assert len(cells) == len(DEFAULT) * 7 * len(RANKS) * len(SEEDS)
     with pytest.raises(SystemExit, match="odd"):
-        cells_of(make_parser().parse_args(["run", "--grid", "6"]))
+        _cells("tuning", "--grid", "6")
     with pytest.raises(SystemExit, match="names no method"):
-        cells_of(make_parser().parse_args(["run", "--centre", "muon=1"]))
+        _cells("tuning", "--centre", "muon=1")
+
+
+def test_curves_are_trained_at_the_best_learning_rates_of_the_tuning_file() -> None:
+    tuned = Records({}, {"owl": [4000, 3000, 5000, 8000]})
+    for method, rank, lr, image in (
+        ("adamw", 4, 1e-3, 5000),
+        ("adamw", 4, 1e-2, 6000),
+        ("adamw", 8, 1e-3, 6000),
+        ("adamw", 8, 1e-2, 5000),
+        ("muon", 4, 1e-1, 5000),
+    ):
+        tuned.add(Cell(method, rank, lr, 0), {"owl": [image, 3000, 5000]})
+    found = _cells(
+        "curves", "--methods", "adamw", "--ranks", "4", "8", "--seeds", "0", "1", tuned=tuned
+    )
+    assert found == best_cells({("adamw", 4): 1e-2, ("adamw", 8): 1e-3}, (0, 1))
+    assert [cell[1:] for cell in found] == [
+        (4, 1e-2, 0, ""),
+        (8, 1e-3, 0, ""),
+        (4, 1e-2, 1, ""),
+        (8, 1e-3, 1, ""),
+    ]
+    with pytest.raises(SystemExit, match=r"run tuning --methods muon --ranks 8"):
+        _cells("curves", "--methods", "muon", "--ranks", "8", tuned=tuned)
 
 
 def _full(facts: dict[str, object]) -> Records:
-    """The whole usual plan, with four digits a number."""
+    """More than is ever trained into one file, with four digits a number."""
     found = Records(facts, {name: [4321, 4321, 4321, 8765] for name in CONCEPTS})
-    for cell in plan(DEFAULT, RANKS, SEEDS):
+    for cell in plan([*DEFAULT, "sgd", "muon"], RANKS, SEEDS):
         found.add(cell, {name: [4321] * 13 for name in CONCEPTS})
     return found
 
 
 def test_records_come_back_and_stay_small(tmp_path: Path) -> None:
-    records = _full({"steps": 400, "marks": marks(400)})
+    records = _full({"steps": 400, "marks": Budget(400).marks})
     cell = Cell("adamw", 4, 1e-3, 0, "decay=0.1")
     records.add(cell, {"owl": [1, None]})
     records.add(cell, {"robot": [2, 3]})
@@ -200,7 +228,7 @@ class _Slow:
 
 def _worker(error: BaseException | None, deadline: float = float("inf")) -> pool._Worker:
     worker = object.__new__(pool._Worker)
-    worker.order = pool.Order("cpu", 400, 22, ("owl",), True, deadline, Path())
+    worker.order = pool.Order("cpu", Budget(), ("owl",), True, deadline, Path())
     worker.facts, worker.known, worker.stack = {"steps": 400}, {}, _Slow(error)  # type: ignore[assignment]
     return worker
 
@@ -232,7 +260,7 @@ def test_a_worker_that_cannot_start_says_so(
 ) -> None:
     monkeypatch.setattr(pool, "_settle", lambda: None)
     monkeypatch.setattr(pool, "_WORKERS", [])
-    pool.start_worker(pool.Order("nonsense", 400, 22, ("owl",), True, 0.0, tmp_path))
+    pool.start_worker(pool.Order("nonsense", Budget(), ("owl",), True, 0.0, tmp_path))
     assert "nonsense" in pool.work(JOB).failure
 
 

@@ -10,17 +10,20 @@ import pytest
 
 from benchmarks.convergence.gains import (
     Series,
+    best_rates,
+    collect,
     combined,
     common_units,
     draws,
     gains,
     interval,
+    places_of,
     series,
 )
 from benchmarks.convergence.plan import Cell
 from benchmarks.convergence.records import Records
-from benchmarks.convergence.report import draw_and_print, plane
-from benchmarks.convergence.targets import plateau, rows, steps_to, transfer
+from benchmarks.convergence.report import draw_and_print, main_rows, plane
+from benchmarks.convergence.targets import plateau, row, steps_to, transfer
 
 # Image similarity 0.4 of 0.8, prompts followed: shares 0.5 and 1, harmonic mean 2/3.
 BASE = [4000, 3000, 5000, 8000]
@@ -100,10 +103,12 @@ def test_an_interval_holds_the_middle_and_takes_infinities() -> None:
 
 
 def _records(
-    curves: dict[str, dict[float, list[float]]], seeds: tuple[int, ...] = (0, 1)
+    curves: dict[str, dict[float, list[float]]],
+    seeds: tuple[int, ...] = (0, 1),
+    concepts: tuple[str, ...] = ("robot", "teapot"),
+    rank: int = 4,
 ) -> Records:
-    """Trainings with these gains on two tuning and two test concepts: prompts kept, so the gain says the likeness."""
-    concepts = ("pumpkin", "owl", "robot", "teapot")
+    """Trainings with these gains: prompts kept, so the gain says the likeness."""
     found = Records({"marks": [100, 200]}, {name: BASE for name in concepts})
     for method, rates in curves.items():
         for lr, curve in rates.items():
@@ -112,44 +117,59 @@ def _records(
                 for gain in curve:
                     score = ZERO + gain
                     scores += [round(8000 * score / (2 - score)), 3000]
-                found.add(Cell(method, 4, lr, seed), {name: [*scores, 5000] for name in concepts})
+                found.add(
+                    Cell(method, rank, lr, seed), {name: [*scores, 5000] for name in concepts}
+                )
     return found
 
 
+ADAMW, OURS = ("adamw", 4), ("riemannion+loi", 4)
 CURVES = {
     "adamw": {0.1: [0.0, 0.0], 1.0: [0.05, 0.1], 10.0: [0.0, 0.0]},
     "riemannion+loi": {0.1: [0.1, 0.12], 1.0: [0.2, 0.2], 10.0: [0.1, 0.12]},
 }
+BEST = {name: {1.0: rates[1.0]} for name, rates in CURVES.items()}
 
 
 def test_a_cut_short_seed_is_left_out() -> None:
     records = _records(CURVES)
-    methods = ["adamw", "riemannion+loi"]
-    assert len(common_units(records, 4, methods)) == 8
-    del records.cells[Cell("adamw", 4, 10.0, 1)]["owl"]
-    units = common_units(records, 4, methods)
-    assert [seed for _, seed in units] == [0, 0, 0, 0]
-    one = series(records, "adamw", 4, units)
+    assert places_of(records) == [ADAMW, OURS]
+    assert len(common_units(records, [ADAMW, OURS])) == 4
+    del records.cells[Cell("adamw", 4, 10.0, 1)]["robot"]
+    units = common_units(records, [ADAMW, OURS])
+    assert [seed for _, seed in units] == [0, 0]
+    # The other method alone has both seeds.
+    assert len(common_units(records, [OURS])) == 4
+    one = series(records, ADAMW, units)
     assert one.lrs == [0.1, 1.0, 10.0]
     assert one.finals == pytest.approx([0, 0.1, 0], abs=1e-4)
-    assert one.only({"owl"}).values.shape == (3, 1, 3)
     # Without any complete seed a learning rate is not there, and the others have both seeds again.
-    del records.cells[Cell("adamw", 4, 10.0, 0)]["owl"]
-    units = common_units(records, 4, methods)
-    assert len(units) == 8
-    assert series(records, "adamw", 4, units).lrs == [0.1, 1.0]
+    del records.cells[Cell("adamw", 4, 10.0, 0)]["robot"]
+    both = collect(records, [ADAMW, OURS, ("muon", 4)])
+    assert list(both) == [ADAMW, OURS]
+    assert both[ADAMW].lrs == [0.1, 1.0]
+    assert len(both[OURS].units) == 4
 
 
 def test_the_promises_of_made_up_curves() -> None:
     """AdamW reaches 0.1 after 200 steps, the other after 50; a gain of 0.1 more; no spread, so no width."""
-    records = _records(CURVES)
-    units = common_units(records, 4, list(CURVES))
-    both = {name: series(records, name, 4, units) for name in CURVES}
-    rival, ours = rows(both, both, [0, 100, 200])
+    grid, curves = collect(_records(CURVES), [ADAMW, OURS]), _records(BEST)
+    both = collect(curves, [ADAMW, OURS])
+    rival, ours = (
+        row(
+            place[0],
+            grid[place],
+            (grid[place], grid[ADAMW]),
+            (both[place], both[ADAMW]),
+            [0, 100, 200],
+        )
+        for place in (ADAMW, OURS)
+    )
     assert rival.against is None
     assert rival.speed == pytest.approx((1.0, 1.0, 1.0))
     assert ours.lr == 1.0
     assert not ours.at_edge
+    assert (ours.rates, ours.trainings) == (3, 4)
     assert ours.steps == pytest.approx(50, abs=0.1)
     assert ours.speed == pytest.approx((0.25, 0.25, 0.25), abs=1e-3)
     assert ours.against == pytest.approx((0.1, 0.1, 0.1), abs=2e-4)
@@ -160,28 +180,57 @@ def test_the_promises_of_made_up_curves() -> None:
 
 
 def test_the_learning_rate_is_chosen_on_tuning_concepts_alone() -> None:
+    """0.1 on the tuning concepts, although 10 would be better on the others."""
     tuning, test = _series(1.0, 0.5, 0.0), _series(0.2, 0.4, 0.6)
-    (row,) = rows({"muon": tuning}, {"muon": test}, [0, 100])
-    assert (row.lr, row.at_edge) == (0.1, True)
-    assert row.gain[0] == pytest.approx(0.2)
-    assert row.speed is None
+    curve = _series(0.2, lrs=(0.1,))
+    found = row("muon", tuning, (test, test), (curve, curve), [0, 100])
+    assert (found.lr, found.at_edge) == (0.1, True)
+    assert found.gain[0] == pytest.approx(0.2)
+    assert not found.is_tuning
+    assert row("muon", tuning, None, (curve, curve), [0, 100]).is_tuning
+    tuned = _records({"muon": {0.1: [0.3, 0.3], 1.0: [0.1, 0.1]}})
+    assert best_rates(tuned, [("muon", 4)]) == {("muon", 4): 0.1}
+
+
+def test_curves_of_another_learning_rate_are_refused() -> None:
+    """The tuning file has found a better one since."""
+    tuning, curves = collect(_records(CURVES), [ADAMW, OURS]), _records(BEST)
+    assert [one.name for one in main_rows(tuning, {}, curves, 4)] == ["adamw", "riemannion+loi"]
+    curves.cells[Cell("riemannion+loi", 4, 0.1, 0)] = curves.cells.pop(
+        Cell("riemannion+loi", 4, 1.0, 0)
+    )
+    with pytest.raises(SystemExit, match="`run curves` again"):
+        main_rows(tuning, {}, curves, 4)
 
 
 def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = _records(CURVES)
-    for cell, scores in _records({"riemannion+loi": CURVES["riemannion+loi"]}).cells.items():
-        records.add(cell._replace(rank=8), scores)
-    records.add(Cell("riemannion+loi", 4, 1.0, 0, "decay=1"), {"owl": [6000, 3000, 5000]})
-    units = common_units(records, 4, list(CURVES))
-    points = plane(records, {name: series(records, name, 4, units) for name in CURVES}, 4)
+    test, ours = _records(CURVES), {"riemannion+loi": CURVES["riemannion+loi"]}
+    for cell, scores in _records(ours, rank=8).cells.items():
+        test.add(cell, scores)
+    tuning = _records(CURVES, seeds=(0,), concepts=("owl", "pumpkin"))
+    curves = _records({**BEST, "muon": {0.1: [0.1, 0.1]}})
+    for cell, scores in _records({"adamw": {0.1: [0.1, 0.2]}}, rank=8).cells.items():
+        curves.add(cell, scores)
+    for other in (
+        _records({"muon": {0.1: [0.3, 0.3], 1.0: [0.1, 0.1]}}, (0,), ("owl", "pumpkin")),
+        _records({"adamw": {0.1: [0.3, 0.3]}}, (0,), ("owl", "pumpkin"), rank=8),
+    ):
+        for cell, scores in other.cells.items():
+            tuning.add(cell, scores)
+    sweeps = Records({}, {"owl": BASE})
+    sweeps.add(Cell("riemannion+loi", 4, 1.0, 0, "decay=1"), {"owl": [6000, 3000, 5000]})
+    points = plane(test, collect(test, [ADAMW, OURS]))
     assert points["base model"] == [(0.5, 1.0)]
     assert points["adamw"][0] == pytest.approx((0.5, 1.0), abs=1e-3)
-    draw_and_print(records, 4, tmp_path)
+    files = {"tuning": tuning, "test": test, "curves": curves, "sweeps": sweeps}
+    draw_and_print(files, 4, tmp_path)
     said = capsys.readouterr().out
     assert "over adamw's own: 0.25 [0.25 0.25]; target at most 0.33: reached" in said
     assert "over adamw's: 2.50 [2.50 2.50]; target at least 4: MISSED" in said
     assert "riemannion+loi: lr 1 keeps 100.0% of the best gain at its worst of ranks 4, 8" in said
     assert "decay=1" in said
+    names = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("| ")]
+    assert names[:5] == ["method", "-" * 14, "adamw", "adamw, rank 8", "muon"]
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sorted(sizes) == [
         f"convergence-{name}.png" for name in ("plane", "ranks", "rates", "steps")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convergence import pool
-from benchmarks.convergence.plan import Cell
+from benchmarks.convergence.plan import Budget, Cell
 from benchmarks.convergence.records import Records, read_records
 from benchmarks.convergence.scoring import Judge
 from benchmarks.convergence.stacked import Bank, StackedLinear, run_on_graph, twin
@@ -191,7 +191,7 @@ def test_a_recorded_step_is_the_step() -> None:
 def test_gradients_and_pictures_are_those_of_the_library(tmp_path: Path) -> None:
     """One stack of two concepts on the embedded model: losses as the task has them, pictures as `sample` draws them."""
     components = load_components()
-    subjects = Subjects(components, Shelf(tmp_path), 2)
+    subjects = Subjects(components, Shelf(tmp_path), Budget(2, batch=8))
     concepts = ["robot", "teapot"]
     stacked, alone = (
         [subjects.pairs(name, 1, 2, "loi", 0.3, batches=1) for name in concepts] for _ in range(2)
@@ -231,7 +231,7 @@ def test_a_small_plan_from_end_to_end(tmp_path: Path) -> None:
     """Two steps, one picture: everything lands in the file, and the same command finds nothing left to do."""
     path = tmp_path / "convergence.json"
     cells = [Cell("adamw", 2, 1e-3, 0), Cell("riemannion+loi", 2, 1e-2, 0, "batches=1")]
-    task = pool.Task(cells, ("robot", "teapot"), steps=2, pictures=2)
+    task = pool.Task(cells, ("robot", "teapot"), Budget(2, 8, 2, is_curve=True))
     records = Records()
     assert pool.run(task, records, path)
     found = read_records([path])

@@ -7,24 +7,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.convergence.gains import best_rates
 from benchmarks.convergence.methods import CENTRES, DEFAULT, GRID
 from benchmarks.convergence.plan import (
     CONCEPTS,
+    PARTS,
     RANKS,
-    SEEDS,
-    STEPS,
     SWEEPS,
+    TEST,
     TUNING,
+    Budget,
     Cell,
+    best_cells,
     plan,
     sweep_plan,
 )
 from benchmarks.convergence.pool import Task, best_device, run
-from benchmarks.convergence.records import read_records
-from benchmarks.convergence.scoring import PICTURES_EACH
+from benchmarks.convergence.records import Records, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = {name: RESULTS / f"convergence-{name}.json" for name in (*PARTS, "sweeps")}
 
 
 def _centre(text: str) -> tuple[str, float]:
@@ -38,10 +41,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence")
     commands = parser.add_subparsers(dest="command", required=True)
     trains = commands.add_parser("run", help="train and score what is missing")
+    trains.add_argument(
+        "part",
+        choices=(*PARTS, *SWEEPS),
+        help="tuning: every learning rate on the tuning concepts; test: the same on the test concepts; curves: the "
+        "learning rate that is best in the tuning file, on the test concepts, scored on the way; the others vary one "
+        "setting of riemannion+loi on the tuning concepts",
+    )
     trains.add_argument("--output", type=Path, help="JSON; default below benchmarks/results")
-    trains.add_argument("--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[-2r][+INIT]")
+    trains.add_argument("--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[+INIT]")
     trains.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="main one first")
-    trains.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    trains.add_argument("--seeds", nargs="+", type=int, default=[0])
     trains.add_argument("--concepts", nargs="+", default=None, choices=CONCEPTS)
     trains.add_argument("--grid", type=int, default=GRID, help="learning rates, an odd number")
     trains.add_argument(
@@ -52,10 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="METHOD=LR",
         help=f"middle of a grid; defaults: {', '.join(f'{k} {v:g}' for k, v in CENTRES.items())}",
     )
-    trains.add_argument("--sweep", choices=sorted(SWEEPS), help="riemannion+loi on tuning concepts")
     trains.add_argument("--sweep-lr", type=float, default=CENTRES["riemannion"])
-    trains.add_argument("--steps", type=int, default=STEPS)
-    trains.add_argument("--pictures", type=int, default=PICTURES_EACH, help="of each scoring")
+    usual = Budget()
+    trains.add_argument("--steps", type=int, default=usual.steps)
+    trains.add_argument("--batch", type=int, default=usual.batch, help="pictures of a step")
+    trains.add_argument("--pictures", type=int, default=usual.pictures, help="of each scoring")
     trains.add_argument(
         "--stack", type=int, default=len(CONCEPTS), help="trainings side by side in a worker"
     )
@@ -63,17 +74,23 @@ def make_parser() -> argparse.ArgumentParser:
     trains.add_argument("--device", default=best_device())
     trains.add_argument("--graphs", choices=("on", "off"), default="on", help="record CUDA graphs")
     trains.add_argument("--limit-minutes", type=float, help="stop then; the same command goes on")
-    draws = commands.add_parser("plots", help="draw and print what the JSON holds")
-    draws.add_argument("--results", nargs="+", type=Path, default=[RESULTS / "convergence.json"])
+    draws = commands.add_parser("plots", help="draw and print what the JSON files hold")
+    for name, path in FILES.items():
+        draws.add_argument(f"--{name}", type=Path, default=path, help=f"default {path.name}")
     draws.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the figures")
     draws.add_argument("--rank", type=int, default=RANKS[0], help="of the first figures and table")
     return parser
 
 
-def cells_of(options: argparse.Namespace) -> list[Cell]:
-    """The plan that the options ask for."""
-    if options.sweep:
-        return sweep_plan(options.sweep, options.ranks[0], options.seeds, options.sweep_lr)
+def cells_of(options: argparse.Namespace, tuned: Records) -> list[Cell]:
+    """The plan that the options ask for.
+
+    Args:
+        options: of `run`.
+        tuned: what the tuning file holds; the curves are trained at its best learning rates.
+    """
+    if options.part in SWEEPS:
+        return sweep_plan(options.part, options.ranks[0], options.seeds, options.sweep_lr)
     centres = dict(options.centre)
     unknown = sorted(set(centres) - set(options.methods))
     if unknown or options.grid % 2 == 0:
@@ -82,25 +99,27 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
             if unknown
             else f"--grid must be odd, got {options.grid}"
         )
+    if options.part == "curves":
+        best = best_rates(tuned, [(m, r) for r in options.ranks for m in options.methods])
+        return best_cells(best, options.seeds)
     return plan(options.methods, options.ranks, options.seeds, centres, options.grid)
 
 
 def train(options: argparse.Namespace) -> None:
     """Do what is missing."""
     started = time.time()
+    is_test = options.part in {"test", "curves"}
     task = Task(
-        cells_of(options),
-        tuple(options.concepts or (TUNING if options.sweep else CONCEPTS)),
-        options.steps,
-        options.pictures,
+        cells_of(options, read_records([FILES["tuning"]])),
+        tuple(options.concepts or (TEST if is_test else TUNING)),
+        Budget(options.steps, options.batch, options.pictures, options.part == "curves"),
         options.stack,
         options.workers,
         options.device,
         options.graphs == "on",
         options.limit_minutes,
     )
-    name = f"convergence-{options.sweep}.json" if options.sweep else "convergence.json"
-    path = options.output or RESULTS / name
+    path = options.output or FILES["sweeps" if options.part in SWEEPS else options.part]
     records = read_records([path])
     before = sum(map(len, records.cells.values()))
     done = run(task, records, path)
@@ -122,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Figures need matplotlib, training does not.
     from benchmarks.convergence.report import draw_and_print
 
-    draw_and_print(read_records(options.results), options.rank, options.docs)
+    found = {name: read_records([getattr(options, name)]) for name in FILES}
+    draw_and_print(found, options.rank, options.docs)
 
 
 if __name__ == "__main__":

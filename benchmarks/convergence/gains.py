@@ -22,6 +22,8 @@ DRAWS = 1000
 Array = NDArray[np.float64]
 Unit = tuple[str, int]
 """Concept and seed."""
+Place = tuple[str, int]
+"""Method and rank."""
 
 
 def combined(image: float, margin: float, ceiling: float, base_margin: float) -> float:
@@ -91,43 +93,49 @@ class Series:
         return int(self.finals.argmax())
 
 
-def complete_cells(records: Records, rank: int) -> list[Cell]:
-    """Cells of a rank with every concept that the base model was scored on, without those with a changed setting."""
+def complete_cells(records: Records, place: Place) -> list[Cell]:
+    """Cells with every concept that the base model was scored on, without those with a changed setting."""
     return [
         cell
         for cell, scores in records.cells.items()
-        if cell.rank == rank and not cell.setting and scores.keys() >= records.base.keys()
+        if (cell.method, cell.rank) == place
+        and not cell.setting
+        and scores.keys() >= records.base.keys()
     ]
 
 
-def common_units(records: Records, rank: int, methods: Sequence[str]) -> list[Unit]:
-    """Concepts and seeds that these methods have at a rank for every learning rate; incomplete cells count for nothing.
+def common_units(records: Records, places: Sequence[Place]) -> list[Unit]:
+    """Concepts and seeds that all of these have for every learning rate; incomplete cells count for nothing.
 
     Args:
         records: finished trainings.
-        rank: r.
-        methods: names.
+        places: methods with their ranks.
 
     Returns:
         Every concept for every seed that is complete; a seed that was cut short is left out.
     """
-    by_rate: dict[tuple[str, float], set[int]] = {}
-    for cell in complete_cells(records, rank):
-        if cell.method in methods:
-            by_rate.setdefault((cell.method, cell.lr), set()).add(cell.seed)
+    by_rate: dict[tuple[Place, float], set[int]] = {}
+    for place in places:
+        for cell in complete_cells(records, place):
+            by_rate.setdefault((place, cell.lr), set()).add(cell.seed)
     seeds = set.intersection(*by_rate.values()) if by_rate else set()
     return sorted((concept, seed) for concept in records.base for seed in seeds)
 
 
-def methods_at(records: Records, rank: int) -> list[str]:
-    """Methods that were trained at a rank, adamw first."""
-    found = {cell.method for cell in complete_cells(records, rank)}
-    return sorted(found, key=lambda name: (name != "adamw", name))
+def places_of(records: Records) -> list[Place]:
+    """Methods and ranks that have a complete cell, adamw first, then by name and rank."""
+    found = {
+        (cell.method, cell.rank)
+        for cell, scores in records.cells.items()
+        if not cell.setting and scores.keys() >= records.base.keys()
+    }
+    return sorted(found, key=lambda place: (place[0] != "adamw", *place))
 
 
-def series(records: Records, method: str, rank: int, units: Sequence[Unit]) -> Series:
+def series(records: Records, place: Place, units: Sequence[Unit]) -> Series:
     """Collect the gains of a method at a rank."""
-    lrs = sorted({cell.lr for cell in complete_cells(records, rank) if cell.method == method})
+    method, rank = place
+    lrs = sorted({cell.lr for cell in complete_cells(records, place)})
     values = [
         [
             gains(records.cells[Cell(method, rank, lr, seed)][concept], records.base[concept])
@@ -136,6 +144,39 @@ def series(records: Records, method: str, rank: int, units: Sequence[Unit]) -> S
         for lr in lrs
     ]
     return Series(lrs, list(units), np.array(values))
+
+
+def collect(records: Records, places: Sequence[Place]) -> dict[Place, Series]:
+    """Those of the places that were trained, on the units that all of them have."""
+    known = places_of(records)
+    there = [place for place in places if place in known]
+    units = common_units(records, there)
+    return {place: series(records, place, units) for place in there} if units else {}
+
+
+def best_rates(records: Records, places: Sequence[Place]) -> dict[Place, float]:
+    """The learning rate with the highest mean gain at the end.
+
+    Args:
+        records: trainings over a grid of learning rates.
+        places: methods with their ranks.
+
+    Returns:
+        By place, in the order given.
+
+    Raises:
+        SystemExit: one was not trained.
+    """
+    found = {}
+    for place in places:
+        one = collect(records, [place]).get(place)
+        if one is None:
+            raise SystemExit(
+                f"{place[0]} at rank {place[1]} has no learning rate yet: the tuning file has no complete training "
+                f"of it; first `run tuning --methods {place[0]} --ranks {place[1]}`"
+            )
+        found[place] = one.lrs[one.best]
+    return found
 
 
 def draws(units: Sequence[Unit], count: int = DRAWS, seed: int = 0) -> Array:

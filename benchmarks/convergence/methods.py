@@ -1,4 +1,4 @@
-"""Methods by name: an optimizer, a start, a width; and the grid of learning rates of each."""
+"""Methods by name: an optimizer and a start; and the grid of learning rates of each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CENTRES = {
 }
 # Elementwise, in few launches; the others factor many small matrices, for which a processor is quicker than a GPU.
 ELEMENTWISE = {"adamw", "sgd", "loraplus"}
-DEFAULT = ("adamw", "riemannion+loi", "adamw-2r", "riemannion+orthonormal")
+DEFAULT = ("adamw", "riemannion+loi")
 GRID, DECADES = 7, 2.0
 
 
@@ -36,16 +36,14 @@ class Method:
     """What a name stands for.
 
     Attributes:
-        name: `OPTIMIZER`, `OPTIMIZER+INIT`, and `-2r` after the optimizer for twice the rank.
+        name: `OPTIMIZER` or `OPTIMIZER+INIT`.
         optimizer: key of `dreamrie.optimizer_table.OPTIMIZERS`.
         init: start of the adapters, `loi` or as `dreamrie.attach_lora` takes it.
-        width: 1, or 2 for twice the rank.
     """
 
     name: str
     optimizer: str
     init: str
-    width: int = 1
 
     @property
     def is_elementwise(self) -> bool:
@@ -66,12 +64,11 @@ def parse_method(name: str) -> Method:
     Raises:
         SystemExit: there is no such optimizer or start, or they do not go together.
     """
-    left, _, init = name.partition("+")
-    optimizer = left.removesuffix("-2r")
+    optimizer, _, init = name.partition("+")
     if optimizer not in OPTIMIZERS:
         raise SystemExit(
             f"--methods: there is no optimizer {optimizer!r} in {name!r}; known: {', '.join(OPTIMIZERS)}. A method is "
-            "OPTIMIZER, OPTIMIZER+INIT, OPTIMIZER-2r or OPTIMIZER-2r+INIT"
+            "OPTIMIZER or OPTIMIZER+INIT"
         )
     start, entry = init or usual_init(optimizer), OPTIMIZERS[optimizer]
     if start not in INITS or (INITS[start].needs == "batches" and start != "loi"):
@@ -82,7 +79,7 @@ def parse_method(name: str) -> Method:
     anchored = INITS[start].anchored
     if (entry.needs_rank and not anchored) or (entry.anchor == "refused" and anchored):
         raise SystemExit(f"--methods: {optimizer} cannot go on from the start {start!r}")
-    return Method(name, optimizer, start, 2 if left.endswith("-2r") else 1)
+    return Method(name, optimizer, start)
 
 
 def grid(centre: float, count: int = GRID) -> list[float]:

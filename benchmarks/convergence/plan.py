@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.convergence.methods import GRID, grid_of, parse_method
@@ -13,10 +13,12 @@ TUNING = ("pumpkin", "owl", "puzzle_cube")
 TEST = ("alien", "flying_saucer", "robot", "rubber_duck", "teapot", "teddy_bear", "unicorn")
 CONCEPTS = TUNING + TEST
 RANKS, SEEDS = (4, 2, 8, 16), (0, 1, 2)
-STEPS = 400
-# Steps after which every training is scored, as parts of its length.
+# Steps after which a training is scored where its curve is asked for, as parts of its length.
 MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 
+PARTS = ("tuning", "test", "curves")
+"""Files of the bench: every learning rate on the tuning concepts, the same on the test concepts, and the best of the
+first on the test concepts with its curve."""
 SWEEPS: dict[str, tuple[float, ...]] = {
     "alpha": (0.1, 0.3, 1.0, 3.0, 10.0),
     "batches": (1, 4, 16, 32, 128),
@@ -31,7 +33,7 @@ class Cell(NamedTuple):
 
     Attributes:
         method: name, see `methods.Method`.
-        rank: r; a method of width 2 trains 2 r.
+        rank: r.
         lr: peak learning rate.
         seed: of start, pictures, noise and timesteps.
         setting: one changed setting, such as "momentum=0.95", or nothing.
@@ -44,9 +46,26 @@ class Cell(NamedTuple):
     setting: str = ""
 
 
-def marks(steps: int) -> list[int]:
-    """Steps at which a training of this length is scored; the last is its end."""
-    return sorted({max(1, round(part * steps)) for part in MARKS})
+class Budget(NamedTuple):
+    """What every training gets.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: pictures of a step, and of a batch of a start.
+        pictures: drawn for each scoring.
+        is_curve: scored on the way, too; else at the end alone.
+    """
+
+    steps: int = 200
+    batch: int = 4
+    pictures: int = 12
+    is_curve: bool = False
+
+    @property
+    def marks(self) -> list[int]:
+        """Steps at which a training is scored; the last is its end."""
+        parts = MARKS if self.is_curve else MARKS[-1:]
+        return sorted({max(1, round(part * self.steps)) for part in parts})
 
 
 def plan(
@@ -80,6 +99,16 @@ def plan(
         for place in range(grid)
         for name in methods
     ]
+
+
+def best_cells(best: Mapping[tuple[str, int], float], seeds: Sequence[int]) -> list[Cell]:
+    """Each method and rank at its own learning rate, the first seed of all before the others.
+
+    Args:
+        best: learning rate by method and rank.
+        seeds: of the trainings.
+    """
+    return [Cell(name, rank, lr, seed) for seed in seeds for (name, rank), lr in best.items()]
 
 
 def sweep_plan(setting: str, rank: int, seeds: Sequence[int], lr: float) -> list[Cell]:

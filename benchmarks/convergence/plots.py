@@ -44,7 +44,7 @@ def plot_steps(rows: Sequence[Row], steps: Sequence[int], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for number, row in enumerate(rows):
         style = _style(number)
-        axes.plot(steps, row.curve[0], label=f"{row.method}, lr {row.lr:g}", markersize=4, **style)
+        axes.plot(steps, row.curve[0], label=f"{row.name}, lr {row.lr:g}", markersize=4, **style)
         axes.fill_between(
             steps, row.curve[1], row.curve[2], color=style["color"], alpha=0.12, linewidth=0
         )

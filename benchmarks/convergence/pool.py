@@ -9,16 +9,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.convergence.methods import parse_method
-from benchmarks.convergence.plan import CONCEPTS, Cell, marks, missing
+from benchmarks.convergence.plan import CONCEPTS, Budget, Cell, missing
 from benchmarks.convergence.records import Records, Scores
-from benchmarks.convergence.scoring import PICTURES_EACH, Judge
+from benchmarks.convergence.scoring import Judge
 from benchmarks.convergence.subjects import LOI_BATCHES, Shelf, Subjects
 from benchmarks.convergence.training import OutOfTimeError, Stack, setting_of
 from dreamrie.diffusion.components import load_components
@@ -34,15 +34,14 @@ class Order:
     """What every worker has to know.
 
     Attributes:
-        device: of the model. steps: length of a training. pictures: of a scoring.
+        device: of the model. budget: of every training.
         concepts: that are trained on. graphs: record steps on a GPU.
         deadline: of `time.time`; nothing goes on after it.
         shelf: folder of what workers share.
     """
 
     device: str
-    steps: int
-    pictures: int
+    budget: Budget
     concepts: tuple[str, ...]
     graphs: bool
     deadline: float
@@ -84,12 +83,17 @@ class _Worker:
     def __init__(self, order: Order) -> None:
         components = load_components(device=order.device)
         self.order = order
-        self.judge = Judge(components, order.concepts, order.pictures)
-        self.subjects = Subjects(components, Shelf(order.shelf), order.steps)
-        self.stack = Stack(self.subjects, self.judge, order.steps, order.graphs)
+        budget = order.budget
+        self.judge = Judge(components, order.concepts, budget.pictures)
+        self.subjects = Subjects(components, Shelf(order.shelf), budget)
+        self.stack = Stack(self.subjects, self.judge, budget, order.graphs)
         self.known: dict[tuple[str, int], float] = {}
-
-        self.facts = {"steps": order.steps, "marks": marks(order.steps), **self.judge.facts}
+        self.facts = {
+            "steps": budget.steps,
+            "batch": budget.batch,
+            "marks": budget.marks,
+            **self.judge.facts,
+        }
 
     def __call__(self, job: Job) -> Outcome:
         started = time.time()
@@ -117,9 +121,10 @@ class _Worker:
             return [len(self.subjects.rows(name, cell.seed).text) for name in job.concepts]
         if job.kind == "start":
             key, value = setting_of(cell)
-            rank = cell.rank * parse_method(cell.method).width
             batches = int(value) if key == "batches" else LOI_BATCHES
-            return [len(self.subjects.start(n, cell.seed, rank, batches)) for n in job.concepts]
+            return [
+                len(self.subjects.start(n, cell.seed, cell.rank, batches)) for n in job.concepts
+            ]
         return self.stack.run(cell, job.concepts, self.order.deadline)
 
 
@@ -182,7 +187,7 @@ def jobs_of(
             wanted: list[tuple[str, tuple[Any, ...]]] = [("rows", (cell.seed,))]
             if method.init == "loi":
                 batches = value if name == "batches" else LOI_BATCHES
-                wanted.append(("start", (cell.seed, cell.rank * method.width, batches)))
+                wanted.append(("start", (cell.seed, cell.rank, batches)))
             for kind, key in wanted:
                 for concept in concepts:
                     if (kind, key, concept) not in made:
@@ -199,15 +204,14 @@ class Task:
 
     Attributes:
         cells: in the order of their value. concepts: of each cell.
-        steps: length of a training. pictures: of a scoring.
+        budget: of every training.
         stack: trainings side by side at most. workers: processes. device: of the model. graphs: record steps.
         minutes: when to stop; None: when all is done.
     """
 
     cells: Sequence[Cell]
     concepts: tuple[str, ...] = CONCEPTS
-    steps: int = 400
-    pictures: int = PICTURES_EACH
+    budget: Budget = field(default_factory=Budget)
     stack: int = len(CONCEPTS)
     workers: int = 1
     device: str = "cpu"
@@ -240,8 +244,7 @@ def run(task: Task, records: Records, path: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         order = Order(
             task.device,
-            task.steps,
-            task.pictures,
+            task.budget,
             task.concepts,
             task.graphs,
             deadline,

@@ -1,4 +1,4 @@
-"""Tables, targets and figures from the JSON."""
+"""Tables, targets and figures from the JSON files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.convergence import plots
-from benchmarks.convergence.gains import Series, Unit, common_units, gains, methods_at, series
-from benchmarks.convergence.plan import TEST, TUNING, Cell
+from benchmarks.convergence.gains import (
+    Place,
+    Series,
+    Unit,
+    collect,
+    complete_cells,
+    draws,
+    gains,
+    interval,
+    places_of,
+)
+from benchmarks.convergence.plan import Cell
 from benchmarks.convergence.records import Records
-from benchmarks.convergence.targets import EQUAL, Row, rows, transfer
+from benchmarks.convergence.targets import EQUAL, Row, plateau, row, transfer
 
+RIVAL = "adamw"
 STEPS_TARGET, WIDTH_TARGET = 1 / 3, 4.0
+Grid = dict[Place, Series]
 
 
 def _three(
@@ -22,60 +34,109 @@ def _three(
     return "" if values is None else form.format(*values)
 
 
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns of equal width."""
+    widths = [max(len(line[k]) for line in (head, *rows)) for k in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
 def table(found: Sequence[Row]) -> str:
     """A line for each method."""
-    width = max(len(row.method) for row in found)
-    lines = [
-        f"{'method':<{width}}  {'lr':>8}  of  {'gain [95 % interval]':<22}  {'minus adamw':<22}  "
-        f"{'plateau, decades':<20}  {'to the best of adamw':<20}"
-    ]
-    for row in found:
-        edge = "*" if row.at_edge else " "
+    lines = []
+    for one in found:
+        reached = "never" if np.isinf(one.steps) else f"{one.steps:.0f}"
         flat = (
-            f"{row.flat.decades:.2f}{'+' if row.flat.is_open else ' '}"
-            + " [{:.2f} {:.2f}]".format(*row.flat_interval)
-        )
-        steps = (
-            "never"
-            if np.isinf(row.steps)
-            else ""
-            if np.isnan(row.steps)
-            else f"{row.steps:.0f} steps"
+            f"{one.flat.decades:.2f}{'+' if one.flat.is_open else ''}"
+            + " [{:.2f} {:.2f}]".format(*one.flat_interval)
+            + (" tuning" if one.is_tuning else "")
         )
         lines.append(
-            f"{row.method:<{width}}  {row.lr:>7g}{edge}  {row.rates:2d}  {_three(row.gain):<22}  "
-            f"{_three(row.against):<22}  {flat:<20}  {steps:<20}"
+            [
+                one.name,
+                f"{one.lr:g}{'*' if one.at_edge else ''}",
+                str(one.rates),
+                str(one.trainings),
+                _three(one.gain),
+                _three(one.against),
+                reached,
+                flat,
+            ]
         )
-    lines.append(
-        "* the end of its grid, so the best value may lie beyond; + likewise for the plateau"
+    head = (
+        "method",
+        "lr",
+        "of",
+        "trainings",
+        "gain [95 % interval]",
+        "minus adamw",
+        "steps to adamw's best",
+        "plateau, decades",
     )
-    return "\n".join(lines)
+    notes = (
+        "*: the end of its grid, so the best value may lie beyond; + likewise for the plateau; "
+        "tuning: measured on the tuning concepts, the others on the test concepts"
+    )
+    return _aligned(head, lines) + "\n" + notes
 
 
-def targets(found: Sequence[Row], by_rank: Mapping[int, Mapping[str, Series]]) -> str:
+def grid_table(tuning: Grid, test: Mapping[int, Grid]) -> str:
+    """Every method and rank: its learning rate of the tuning concepts, and what the test concepts say of it."""
+    lines = []
+    for rank, methods in test.items():
+        for place, one in methods.items():
+            if place not in tuning:
+                continue
+            lr, flat = tuning[place].lrs[tuning[place].best], plateau(one.lrs, one.finals)
+            own = one.values[one.lrs.index(lr), :, -1]
+            spread = interval(draws(one.units) @ own)
+            lines.append(
+                [
+                    str(rank),
+                    place[0],
+                    f"{lr:g}",
+                    _three((float(own.mean()), *spread)),
+                    f"{one.lrs[one.best]:g}",
+                    f"{one.finals[one.best]:+.3f}",
+                    f"{flat.low:.2g} to {flat.high:.2g}",
+                    f"{flat.decades:.2f}{'+' if flat.is_open else ''}",
+                    str(len(one.units)),
+                ]
+            )
+    head = ("rank", "method", "lr of tuning", "gain", "best lr", "its gain", "plateau", "decades")
+    return _aligned((*head, "trainings"), lines)
+
+
+def targets(found: Sequence[Row], by_rank: Mapping[int, Grid]) -> str:
     """The three promises, for every method but adamw."""
     lines = []
-    for row in found:
-        if row.method == "adamw" or row.speed is None or row.widths is None:
+    for one in found:
+        if one.name == RIVAL:
             continue
         form = "{:.2f} [{:.2f} {:.2f}]"
         lines += [
-            f"{row.method}:",
-            f"  steps to the best of adamw, over adamw's own: {_three(row.speed, form)}; target at most "
-            f"{STEPS_TARGET:.2f}: {_said(row.speed[0] <= STEPS_TARGET)}",
-            f"  width of the plateau, over adamw's: {_three(row.widths, form)}; target at least {WIDTH_TARGET:g}: "
-            f"{_said(row.widths[0] >= WIDTH_TARGET)}",
+            f"{one.name}:",
+            f"  steps to the best of adamw, over adamw's own: {_three(one.speed, form)}; target at most "
+            f"{STEPS_TARGET:.2f}: {_said(one.speed[0] <= STEPS_TARGET)}",
         ]
-    names = list(dict.fromkeys(name for methods in by_rank.values() for name in methods))
+        if one.widths is not None:
+            lines.append(
+                f"  width of the plateau, over adamw's: {_three(one.widths, form)}; target at least "
+                f"{WIDTH_TARGET:g}: {_said(one.widths[0] >= WIDTH_TARGET)}"
+            )
+    names = list(dict.fromkeys(name for methods in by_rank.values() for name, _ in methods))
     lines.append("one learning rate for all ranks:")
     for name in names:
-        own = {rank: methods[name] for rank, methods in by_rank.items() if name in methods}
+        own = {r: methods[name, r] for r, methods in by_rank.items() if (name, r) in methods}
         if len(own) < 2:
             continue
-        one = transfer(own)
+        best = transfer(own)
         lines.append(
-            f"  {name}: lr {one.lr:g} keeps {one.share:.1%} of the best gain at its worst of ranks "
-            f"{', '.join(map(str, sorted(own)))}; target at least {EQUAL:.0%}: {_said(one.share >= EQUAL)}"
+            f"  {name}: lr {best.lr:g} keeps {best.share:.1%} of the best gain at its worst of ranks "
+            f"{', '.join(map(str, sorted(own)))}; target at least {EQUAL:.0%}: {_said(best.share >= EQUAL)}"
         )
     return "\n".join(lines)
 
@@ -84,14 +145,12 @@ def _said(reached: bool) -> str:
     return "reached" if reached else "MISSED"
 
 
-def plane(
-    records: Records, found: Mapping[str, Series], rank: int
-) -> dict[str, list[tuple[float, float]]]:
+def plane(records: Records, found: Grid) -> dict[str, list[tuple[float, float]]]:
     """Mean likeness and prompts kept at the end, as shares, by method and learning rate; the base model last."""
     units = next(iter(found.values())).units
     points = {
-        name: [_shares(records, Cell(name, rank, lr, 0), units) for lr in one.lrs]
-        for name, one in found.items()
+        place[0]: [_shares(records, Cell(*place, lr, 0), units) for lr in one.lrs]
+        for place, one in found.items()
     }
     base = [records.base[concept] for concept, _ in units]
     points["base model"] = [(float(np.mean([row[0] / row[3] for row in base])), 1.0)]
@@ -126,61 +185,76 @@ def sweep_table(records: Records) -> str:
     return "\n".join(lines)
 
 
-def collect(records: Records, rank: int) -> dict[str, Series]:
-    """Every method at a rank, on the trainings that all of them have."""
-    names = methods_at(records, rank)
-    units = common_units(records, rank, names)
-    return {name: series(records, name, rank, units) for name in names} if units else {}
+def main_rows(tuning: Grid, test: Grid, curves: Records, rank: int) -> list[Row]:
+    """Rows of the table: every method at a rank, and AdamW at twice the rank.
+
+    Args:
+        tuning: by method and rank, on the tuning concepts.
+        test: those of the rank, on the test concepts.
+        curves: finished trainings at the learning rates of `tuning`.
+        rank: of the table.
+    """
+    steps, rival = [0, *curves.marks], (RIVAL, rank)
+    places = [one for one in places_of(curves) if one[1] == rank or one == (RIVAL, 2 * rank)]
+    found = []
+    for place in sorted(places, key=lambda one: one != rival):
+        both = collect(curves, [rival, place])
+        if place not in tuning:
+            continue
+        wanted = tuning[place].lrs[tuning[place].best]
+        trained = {cell.lr for cell in complete_cells(curves, place)}
+        if trained != {wanted}:
+            raise SystemExit(
+                f"the curves of {place[0]} at rank {place[1]} were trained at learning rate "
+                f"{', '.join(f'{lr:g}' for lr in sorted(trained))}, and {wanted:g} is the best of the tuning file now: "
+                "`run curves` again, without the old lines"
+            )
+        if rival not in both or place not in both:
+            continue
+        name = place[0] if place[1] == rank else f"{place[0]}, rank {place[1]}"
+        grids = (test[place], test[rival]) if place in test and rival in test else None
+        found.append(row(name, tuning[place], grids, (both[place], both[rival]), steps))
+    return found
 
 
-def _has(methods: Mapping[str, Series], concepts: Sequence[str]) -> bool:
-    """Whether there are trainings on any of these concepts."""
-    return any(concept in concepts for one in methods.values() for concept, _ in one.units)
-
-
-def draw_and_print(records: Records, rank: int, folder: Path) -> None:
+def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> None:
     """Print tables and targets, draw the figures.
 
     Args:
-        records: finished trainings.
-        rank: of the table, and of the figures but the one over ranks.
+        files: finished trainings by part: tuning, test, curves, sweeps; any may be empty.
+        rank: of the first table, and of the figures but the one over ranks.
         folder: gets convergence-steps.png, -rates.png, -ranks.png and -plane.png.
-
-    Raises:
-        SystemExit: there is not enough to compare.
     """
-    if any(cell.setting for cell in records.cells):
-        print(sweep_table(records) + "\n")
-    every = {cell.rank for cell in records.cells if not cell.setting}
-    by_rank = {one: collect(records, one) for one in sorted(every)}
-    test = {
-        one: {name: s.only(TEST) for name, s in methods.items()}
-        for one, methods in by_rank.items()
-        if _has(methods, TUNING) and _has(methods, TEST)
+    if files["sweeps"].cells:
+        print(sweep_table(files["sweeps"]) + "\n")
+    tuning = {
+        place: one
+        for place in places_of(files["tuning"])
+        for one in collect(files["tuning"], [place]).values()
     }
-    if rank not in test:
-        if not every:
-            return
-        raise SystemExit(
-            f"rank {rank}: no concept and seed that every learning rate of every method has"
-        )
-    steps = [0, *records.marks]
-    found = {}
-    for one in test:
-        tuning = {name: s.only(TUNING) for name, s in by_rank[one].items()}
-        found[one] = rows(tuning, test[one], steps)
-        units = next(iter(test[one].values())).units
-        seeds = ", ".join(map(str, sorted({seed for _, seed in units})))
-        print(
-            f"rank {one}: gain over the base model after {steps[-1]} steps, on "
-            f"{len({concept for concept, _ in units})} test concepts and seeds {seeds}; learning rate chosen on "
-            f"{len(next(iter(tuning.values())).units)} trainings of tuning concepts"
-        )
-        print(table(found[one]) + "\n")
-    print(targets(found[rank], test))
+    test: dict[int, Grid] = {}
+    for one in sorted({place[1] for place in places_of(files["test"])}):
+        there = [place for place in places_of(files["test"]) if place[1] == one]
+        test[one] = collect(files["test"], there)
     folder.mkdir(parents=True, exist_ok=True)
-    plots.plot_steps(found[rank], steps, folder / "convergence-steps.png")
-    plots.plot_rates(test[rank], folder / "convergence-rates.png")
-    plots.plot_ranks(test, folder / "convergence-ranks.png")
-    places = {row.method: test[rank][row.method].lrs.index(row.lr) for row in found[rank]}
-    plots.plot_plane(plane(records, test[rank], rank), places, folder / "convergence-plane.png")
+    rows = []
+    if files["curves"].cells:
+        rows = main_rows(tuning, test.get(rank, {}), files["curves"], rank)
+        steps = [0, *files["curves"].marks]
+        print(f"rank {rank}, gain over the base model after {steps[-1]} steps")
+        print(table(rows) + "\n")
+        plots.plot_steps(rows, steps, folder / "convergence-steps.png")
+    print(targets(rows, test) + "\n")
+    print(grid_table(tuning, test))
+    if rank in test:
+        grid = {place[0]: one for place, one in test[rank].items()}
+        plots.plot_rates(grid, folder / "convergence-rates.png")
+        places = {
+            place[0]: one.lrs.index(tuning[place].lrs[tuning[place].best])
+            for place, one in test[rank].items()
+            if place in tuning
+        }
+        path = folder / "convergence-plane.png"
+        plots.plot_plane(plane(files["test"], test[rank]), places, path)
+        named = {r: {place[0]: one for place, one in found.items()} for r, found in test.items()}
+        plots.plot_ranks(named, folder / "convergence-ranks.png")

@@ -27,7 +27,7 @@ from eval.pictures import is_blank
 from eval.prompts import load_prompts
 
 ENCODERS = ("effnet-lite2-64-160", "tiny-clip")
-PICTURES_EACH, SAMPLING_STEPS, GUIDANCE = 22, 10, 4.0
+SAMPLING_STEPS, GUIDANCE = 10, 4.0
 # Pictures that the decoder takes at a time.
 _DECODED = 256
 
@@ -75,9 +75,7 @@ class Judge:
         count: pictures of each training.
     """
 
-    def __init__(
-        self, components: Components, concepts: Sequence[str], count: int = PICTURES_EACH
-    ) -> None:
+    def __init__(self, components: Components, concepts: Sequence[str], count: int) -> None:
         self._parts, self._count = components, count
         device = components.device
         looker, reader = (load_encoder(name) for name in ENCODERS)

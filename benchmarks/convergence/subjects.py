@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.convergence.plan import Budget
 from benchmarks.convergence.stacked import twin
 from dreamrie.diffusion.components import Components
 from dreamrie.diffusion.data import ConceptSet
@@ -23,7 +24,7 @@ from dreamrie.lora import LoraPair, attach_lora
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = ROOT / "examples" / "concepts"
-TOKEN, BATCH, LOI_BATCHES = "sks", 8, 32
+TOKEN, LOI_BATCHES = "sks", 32
 # Another worker that makes the same thing is waited for this long.
 PATIENCE_S = 60.0
 
@@ -88,11 +89,11 @@ class Subjects:
     Args:
         components: the model, on the device of the trainings.
         shelf: see there.
-        steps: length of a training.
+        budget: of every training.
     """
 
-    def __init__(self, components: Components, shelf: Shelf, steps: int) -> None:
-        self.components, self._shelf, self._steps = components, shelf, steps
+    def __init__(self, components: Components, shelf: Shelf, budget: Budget) -> None:
+        self.components, self._shelf, self._budget = components, shelf, budget
         self._device = components.device
 
     def task(self, unet: Any, pairs: list[LoraPair], concept: str, seed: int) -> DreamBoothTask:
@@ -105,7 +106,7 @@ class Subjects:
             resolution=source.resolution,
             center_crop=True,
         )
-        task = DreamBoothTask(held, pairs, pictures, batch_size=BATCH, seed=seed)
+        task = DreamBoothTask(held, pairs, pictures, batch_size=self._budget.batch, seed=seed)
         # A task moves them off the accelerator; here they are needed all the time.
         for part in (source.text_encoder, source.vae):
             part.to(self._device)
@@ -123,7 +124,7 @@ class Subjects:
         parts: dict[str, list[Tensor]] = {
             key: [] for key in ("noisy", "target", "timesteps", "prompts")
         }
-        for step in range(1, self._steps + 1):
+        for step in range(1, self._budget.steps + 1):
             batch = task.batch(step, 0)
             if any(mask is not None for mask in batch.masks):
                 raise SystemExit(f"{concept}: a stack has no masks, and a picture is transparent")

@@ -118,24 +118,29 @@ class Row:
     """One method at one rank, measured on the test concepts.
 
     Attributes:
+        name: of the method, with its rank where that is not the one of the table.
         lr: chosen on the tuning concepts. rates: how many there were. at_edge: it is the first or last of them.
-        gain: at the end, with interval. against: paired difference to AdamW, with interval; None for AdamW itself.
-        flat: plateau, and interval of its width in decades. widths: width over AdamW's, with interval.
+        gain: at the end, with interval. trainings: how many.
+        against: paired difference to AdamW, with interval; None for AdamW itself.
+        flat: plateau, and interval of its width in decades; is_tuning: measured on the tuning concepts.
+        widths: width over AdamW's on the test concepts, with interval.
         steps: to AdamW's best gain. speed: those over AdamW's own, with interval.
         curve: mean gain at step 0 and every mark, with interval: (3, 1 + marks).
     """
 
-    method: str
+    name: str
     lr: float
     rates: int
     at_edge: bool
     gain: tuple[float, float, float]
+    trainings: int
     against: tuple[float, float, float] | None
     flat: Plateau
     flat_interval: tuple[float, float]
+    is_tuning: bool
     widths: tuple[float, float, float] | None
     steps: float
-    speed: tuple[float, float, float] | None
+    speed: tuple[float, float, float]
     curve: Array
 
 
@@ -144,74 +149,60 @@ def _ratio(top: float, bottom: float) -> float:
     return top / bottom if bottom > 0 else math.inf
 
 
-def rows(
-    tuning: Mapping[str, Series], test: Mapping[str, Series], steps: Sequence[int]
-) -> list[Row]:
-    """Every method against AdamW.
-
-    Args:
-        tuning: gains on the tuning concepts, by method; they decide the learning rate.
-        test: gains on the test concepts.
-        steps: 0 and the marks.
-
-    Returns:
-        In the order of `test`; without "adamw" nothing is compared.
-    """
-    weights = draws(next(iter(test.values())).units)
-    rival = test.get("adamw")
-    own = None if rival is None else rival.values[tuning["adamw"].best]
-    return [
-        _row(name, tuning[name].best, test[name], (rival, own), weights, steps) for name in test
-    ]
-
-
-def _row(
+def row(
     name: str,
-    best: int,
-    series: Series,
-    rival: tuple[Series | None, Array | None],
-    weights: Array,
+    tuning: Series,
+    grids: tuple[Series, Series] | None,
+    curves: tuple[Series, Series],
     steps: Sequence[int],
 ) -> Row:
-    values = series.values[best]
-    mean, drawn = values.mean(0), weights @ values
-    curve = np.array([mean, *np.array([interval(column) for column in drawn.T]).T])
-    flat = plateau(series.lrs, series.finals)
-    finals = weights @ series.values[:, :, -1].T
-    widths = [plateau(series.lrs, one).decades for one in finals]
-    against = wider = speed = None
-    reached = math.nan
-    all_rates, own = rival
-    if all_rates is not None and own is not None:
-        drawn_own = weights @ own
-        reached = steps_to(float(own.mean(0).max()), steps, mean)
-        speed = (
-            _speed(mean, own.mean(0), steps),
-            *interval([_speed(a, b, steps) for a, b in zip(drawn, drawn_own, strict=True)]),
-        )
-        other = weights @ all_rates.values[:, :, -1].T
-        other_widths = [plateau(all_rates.lrs, one).decades for one in other]
-        wider = (
-            _ratio(flat.decades, plateau(all_rates.lrs, all_rates.finals).decades),
-            *interval([_ratio(a, b) for a, b in zip(widths, other_widths, strict=True)]),
-        )
-        if name != "adamw":
-            change = drawn[:, -1] - drawn_own[:, -1]
-            against = (float(mean[-1] - own.mean(0)[-1]), *interval(change))
+    """A method against AdamW.
+
+    Args:
+        name: of the row.
+        tuning: gains of the method on the tuning concepts; they decide the learning rate.
+        grids: gains of the method and of AdamW over their learning rates, on the same units of the test concepts.
+        curves: gains of both at their own learning rate alone, on the same units of the test concepts.
+        steps: 0 and the marks of the curves.
+
+    Returns:
+        Everything with intervals.
+    """
+    (mine, rival), best = curves, tuning.best
+    weights, values, own = draws(mine.units), mine.values[0], rival.values[0]
+    mean, drawn, drawn_own = values.mean(0), weights @ values, weights @ own
+    change = drawn[:, -1] - drawn_own[:, -1]
+    speeds = [_speed(a, b, steps) for a, b in zip(drawn, drawn_own, strict=True)]
+    over = grids[0] if grids else tuning
     return Row(
         name,
-        series.lrs[best],
-        len(series.lrs),
-        best in {0, len(series.lrs) - 1},
+        tuning.lrs[best],
+        len(tuning.lrs),
+        best in {0, len(tuning.lrs) - 1},
         (float(mean[-1]), *interval(drawn[:, -1])),
-        against,
-        flat,
-        interval(widths),
-        wider,
-        reached,
-        speed,
-        curve,
+        len(mine.units),
+        None if name == "adamw" else (float((values - own).mean(0)[-1]), *interval(change)),
+        plateau(over.lrs, over.finals),
+        interval(_widths(over)),
+        grids is None,
+        _wider(*grids) if grids else None,
+        steps_to(float(own.mean(0).max()), steps, mean),
+        (_speed(mean, own.mean(0), steps), *interval(speeds)),
+        np.array([mean, *np.array([interval(column) for column in drawn.T]).T]),
     )
+
+
+def _widths(one: Series) -> list[float]:
+    """Widths of the plateau in decades, of resampled means."""
+    drawn = draws(one.units) @ one.values[:, :, -1].T
+    return [plateau(one.lrs, finals).decades for finals in drawn]
+
+
+def _wider(mine: Series, rival: Series) -> tuple[float, float, float]:
+    """Width of a plateau over that of another on the same units, with interval."""
+    ratios = [_ratio(a, b) for a, b in zip(_widths(mine), _widths(rival), strict=True)]
+    flats = [plateau(one.lrs, one.finals).decades for one in (mine, rival)]
+    return (_ratio(flats[0], flats[1]), *interval(ratios))
 
 
 def _speed(mine: Array, rival: Array, steps: Sequence[int]) -> float:

@@ -13,11 +13,11 @@ import torch
 from torch.optim import Optimizer
 
 from benchmarks.convergence.methods import Method, parse_method
-from benchmarks.convergence.plan import Cell, marks
+from benchmarks.convergence.plan import Budget, Cell
 from benchmarks.convergence.records import BASE, Scores, as_units
 from benchmarks.convergence.scoring import Found, Judge
 from benchmarks.convergence.stacked import Bank, run_on_graph
-from benchmarks.convergence.subjects import BATCH, LOI_BATCHES, Rows, Subjects
+from benchmarks.convergence.subjects import LOI_BATCHES, Rows, Subjects
 from dreamrie.errors import NumericalError
 from dreamrie.lora import LoraPair
 from dreamrie.optimizers import build_optimizer
@@ -71,12 +71,12 @@ class Stack:
     Args:
         subjects: rows and starts.
         judge: draws and scores.
-        steps: length of the trainings.
+        budget: of every training.
         graphs: record a step once and repeat it, on a GPU.
     """
 
-    def __init__(self, subjects: Subjects, judge: Judge, steps: int, graphs: bool) -> None:
-        self._subjects, self._judge, self._steps, self._graphs = subjects, judge, steps, graphs
+    def __init__(self, subjects: Subjects, judge: Judge, budget: Budget, graphs: bool) -> None:
+        self._subjects, self._judge, self._budget, self._graphs = subjects, judge, budget, graphs
 
     def base(self, concept: str) -> list[int]:
         """Scores of the base model, see `records.BASE`."""
@@ -107,20 +107,21 @@ class Stack:
         bank = Bank(components.unet, runs, home)
         # Those that never give up step all trainings in one go; numbers are no others for it.
         parts = [[pair for pairs in runs for pair in pairs]] if method.is_elementwise else runs
-        rates = Rates([self._optimizer(method, cell, pairs) for pairs in parts], self._steps)
+        steps, marks = self._budget.steps, self._budget.marks
+        rates = Rates([self._optimizer(method, cell, pairs) for pairs in parts], steps)
         learn = Learning(bank, [self._subjects.rows(c, cell.seed) for c in concepts], self._graphs)
         found: list[list[Found | None]] = []
-        for step in range(1, self._steps + 1):
+        for step in range(1, steps + 1):
             learn(step)
             bank.pull()
             rates.step(step - 1)
             bank.push()
             if step == 1:
                 bank.check_in_place()
-            if step in marks(self._steps):
+            if step in marks:
                 found.append(self._judge(bank.unet, concepts))
                 bank.unet.train()
-            if time.time() > deadline and step < self._steps:
+            if time.time() > deadline and step < steps:
                 raise OutOfTimeError
         del learn, bank
         if components.device.type == "cuda":
@@ -130,11 +131,11 @@ class Stack:
     def _pairs(self, method: Method, cell: Cell, concept: str) -> list[LoraPair]:
         """Adapters of one training at their start."""
         name, value = setting_of(cell)
-        rank, alpha = cell.rank * method.width, method.start_scale(cell.rank, cell.lr)
+        alpha = method.start_scale(cell.rank, cell.lr)
         return self._subjects.pairs(
             concept,
             cell.seed,
-            rank,
+            cell.rank,
             method.init,
             alpha * (value if name == "alpha" else 1.0),
             int(value) if name == "batches" else LOI_BATCHES,
@@ -165,7 +166,7 @@ class Learning:
 
     def __init__(self, bank: Bank, rows: Sequence[Rows], graphs: bool) -> None:
         device = bank.values.device
-        self._bank, self._runs = bank, len(rows)
+        self._bank, self._batch = bank, rows[0].noisy.shape[1]
         bank.unet.train()
         first = [sum(len(part.text) for part in rows[:run]) for run in range(len(rows))]
         self._text = torch.cat([part.text for part in rows]).to(device)
@@ -188,7 +189,7 @@ class Learning:
         self._bank.gradients.zero_()
         output = self._bank.unet(noisy, timesteps, encoder_hidden_states=self._text[numbers]).sample
         errors = (output - target).square().flatten(1).mean(1)
-        (errors.sum() / BATCH).backward()
+        (errors.sum() / self._batch).backward()
 
     def __call__(self, step: int) -> None:
         """Fill the bank's gradients with those of step 1, 2, ..."""
