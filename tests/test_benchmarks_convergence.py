@@ -22,6 +22,7 @@ from benchmarks.convergence.plan import (
     best_cells,
     missing,
     plan,
+    setting_of,
     sweep_plan,
 )
 from benchmarks.convergence.pool import jobs_of
@@ -48,6 +49,8 @@ def test_names_of_methods() -> None:
     """Optimizer and start: the usual start where none is named."""
     assert parse_method("riemannion") == Method("riemannion", "riemannion", "loi")
     assert parse_method("adamw+pissa") == Method("adamw+pissa", "adamw", "pissa")
+    mapped = Method("riemannion:namo", "riemannion", "loi", "namo")
+    assert parse_method("riemannion:namo") == mapped
     # 0.1 / sqrt(4) = 0.05, and ten steps of 0.02 are more.
     assert parse_method("riemannion").start_scale(4, 0.001) == pytest.approx(0.05)
     assert parse_method("riemannion").start_scale(4, 0.02) == pytest.approx(0.2)
@@ -59,6 +62,8 @@ def test_names_of_methods() -> None:
     ("name", "words"),
     [
         ("adam", "no optimizer 'adam'"),
+        ("adamw:namo", "spectral map 'namo'"),
+        ("riemannion:sharp", "spectral map 'sharp'"),
         ("adamw+eva", "wants the start 'eva'"),
         ("riemannion+default", "cannot go on from"),
         ("lorafa+loi", "cannot go on from"),
@@ -71,7 +76,8 @@ def test_a_method_that_cannot_be_is_refused(name: str, words: str) -> None:
 
 def test_a_plan_that_is_cut_short_is_balanced() -> None:
     """Main rank first, all its seeds; then the other ranks, all of them for each seed; the middle of the grid first."""
-    cells = plan(["adamw", "riemannion+loi"], (4, 2, 8), (0, 1), grid=3)
+    centres = {"adamw": 1e-3, "riemannion+loi": 1e-2}
+    cells = plan(list(centres), (4, 2, 8), (0, 1), centres, grid=3)
     assert len(cells) == len(set(cells)) == 2 * 3 * 3 * 2
     stages = list(dict.fromkeys((cell.rank, cell.seed) for cell in cells))
     assert stages == [(4, 0), (4, 1), (2, 0), (8, 0), (2, 1), (8, 1)]
@@ -117,21 +123,17 @@ def test_shared_things_are_made_once_before_the_first_stack_that_needs_them() ->
     assert parts[-2:] == [("owl", "robot"), ("teapot",)]
 
 
-def test_a_sweep_changes_one_setting_on_tuning_concepts() -> None:
-    cells = sweep_plan("momentum", 4, (0, 1), 2e-2)
+def test_a_sweep_changes_one_setting_at_the_best_learning_rate() -> None:
+    cells = sweep_plan(("momentum", "schedule"), {("riemannion+loi", 4): 2e-2}, (0, 1))
     assert {cell[:3] for cell in cells} == {("riemannion+loi", 4, 2e-2)}
-    assert [cell.setting for cell in cells[:3]] == ["momentum=0", "momentum=0.5", "momentum=0.8"]
-    options = make_parser().parse_args(["run", "batches", "--ranks", "8"])
-    cells = cells_of(options, Records())
-    assert [cell.setting for cell in cells] == [
-        "batches=1",
-        "batches=4",
-        "batches=16",
-        "batches=32",
-        "batches=128",
-    ]
-    starts = [job for job in jobs_of([(cell, ("owl",)) for cell in cells])]
-    assert sum(job.kind == "start" for job in starts) == 5
+    settings = [cell.setting for cell in cells if cell.seed == 0]
+    assert settings[:3] == ["", "momentum=0.0", "momentum=0.5"]
+    assert settings[-2:] == ["schedule=constant", "schedule=linear"]
+    assert [setting_of(cell) for cell in cells[:2]] == [("", ""), ("momentum", "0.0")]
+    assert len(cells) == 2 * len(settings)
+    cells = sweep_plan(("batches",), {("riemannion+loi", 8): 2e-2}, (0,))
+    starts = [job for job in jobs_of([(cell, ("owl",)) for cell in cells]) if job.kind == "start"]
+    assert [job.cell.setting for job in starts] == ["", *(cell.setting for cell in cells[1:])]
 
 
 def _cells(*words: str, tuned: Records | None = None) -> list[Cell]:
@@ -148,34 +150,37 @@ def test_the_usual_command_is_the_whole_plan() -> None:
 
 
 def test_curves_are_trained_at_the_best_learning_rates_of_the_tuning_file() -> None:
-    tuned = Records({}, {"owl": [4000, 3000, 5000, 8000]})
-    for method, rank, lr, image in (
-        ("adamw", 4, 1e-3, 5000),
-        ("adamw", 4, 1e-2, 6000),
-        ("adamw", 8, 1e-3, 6000),
-        ("adamw", 8, 1e-2, 5000),
-        ("muon", 4, 1e-1, 5000),
+    tuned = Records({}, {"owl": [4000, 3000, 5000, 8000, 100_000]})
+    for method, rank, lr, image, loss in (
+        ("adamw", 4, 1e-3, 5000, 90_000),
+        ("adamw", 4, 1e-2, 6000, 80_000),
+        ("adamw", 8, 1e-3, 6000, 90_000),
+        ("adamw", 8, 1e-2, 5000, 80_000),
+        ("muon", 4, 1e-1, 5000, 80_000),
     ):
-        tuned.add(Cell(method, rank, lr, 0), {"owl": [image, 3000, 5000]})
+        tuned.add(Cell(method, rank, lr, 0), {"owl": [image, 3000, loss, 5000]})
     found = _cells(
         "curves", "--methods", "adamw", "--ranks", "4", "8", "--seeds", "0", "1", tuned=tuned
     )
-    assert found == best_cells({("adamw", 4): 1e-2, ("adamw", 8): 1e-3}, (0, 1))
-    assert [cell[1:] for cell in found] == [
-        (4, 1e-2, 0, ""),
-        (8, 1e-3, 0, ""),
-        (4, 1e-2, 1, ""),
-        (8, 1e-3, 1, ""),
+    # At rank 8 the best score and the best loss are at different learning rates.
+    best = {("adamw", 4): 1e-2, ("adamw", 8): 1e-3}
+    assert found == best_cells([best, {**best, ("adamw", 8): 1e-2}], (0, 1))
+    assert [cell[1:4] for cell in found] == [
+        (rank, lr, seed) for seed in (0, 1) for rank, lr in ((4, 1e-2), (8, 1e-3), (8, 1e-2))
     ]
+    swept = _cells(
+        "sweeps", "--methods", "adamw", "--ranks", "4", "--settings", "decay", tuned=tuned
+    )
+    assert [cell[2:] for cell in swept[:2]] == [(1e-2, 0, ""), (1e-2, 0, "decay=0.01")]
     with pytest.raises(SystemExit, match=r"run tuning --methods muon --ranks 8"):
         _cells("curves", "--methods", "muon", "--ranks", "8", tuned=tuned)
 
 
 def _full(facts: dict[str, object]) -> Records:
     """More than is ever trained into one file, with four digits a number."""
-    found = Records(facts, {name: [4321, 4321, 4321, 8765] for name in CONCEPTS})
+    found = Records(facts, {name: [4321, 4321, 4321, 8765, 123456] for name in CONCEPTS})
     for cell in plan([*DEFAULT, "sgd", "muon"], RANKS, SEEDS):
-        found.add(cell, {name: [4321] * 13 for name in CONCEPTS})
+        found.add(cell, {name: [4321] * 4 for name in CONCEPTS})
     return found
 
 

@@ -26,7 +26,7 @@ from benchmarks.convergence.report import draw_and_print, main_rows, plane
 from benchmarks.convergence.targets import plateau, row, steps_to, transfer
 
 # Image similarity 0.4 of 0.8, prompts followed: shares 0.5 and 1, harmonic mean 2/3.
-BASE = [4000, 3000, 5000, 8000]
+BASE = [4000, 3000, 5000, 8000, 100_000]
 ZERO = 2 / 3
 
 
@@ -41,8 +41,10 @@ def test_the_combined_score_is_the_harmonic_mean_of_two_shares() -> None:
 
 def test_gains_begin_at_the_base_model_and_a_blank_picture_gains_nothing() -> None:
     # Shares 0.75 and 1: 6/7; then broken; then 0.75 and 0.5: 0.6.
-    found = gains([6000, 3000, None, None, 6000, 1500, 4000], BASE)
-    assert found == pytest.approx([0.0, 6 / 7 - ZERO, 0.0, 0.6 - ZERO])
+    scores = [6000, 3000, 90_000, None, None, None, 6000, 1500, 70_000, 4000]
+    assert gains(scores, BASE) == pytest.approx([0.0, 6 / 7 - ZERO, 0.0, 0.6 - ZERO])
+    # Of the loss the gain is the part that is gone; what is not finite has gained nothing.
+    assert gains(scores, BASE, "loss") == pytest.approx([0.0, 0.1, 0.0, 0.3])
 
 
 def test_steps_to_a_level_lie_on_straight_lines() -> None:
@@ -108,7 +110,7 @@ def _records(
     concepts: tuple[str, ...] = ("robot", "teapot"),
     rank: int = 4,
 ) -> Records:
-    """Trainings with these gains: prompts kept, so the gain says the likeness."""
+    """Trainings with these gains, of score and of loss: prompts kept, so the gain says the likeness."""
     found = Records({"marks": [100, 200]}, {name: BASE for name in concepts})
     for method, rates in curves.items():
         for lr, curve in rates.items():
@@ -116,7 +118,7 @@ def _records(
                 scores: list[int | None] = []
                 for gain in curve:
                     score = ZERO + gain
-                    scores += [round(8000 * score / (2 - score)), 3000]
+                    scores += [round(8000 * score / (2 - score)), 3000, round(1e5 * (1 - gain))]
                 found.add(
                     Cell(method, rank, lr, seed), {name: [*scores, 5000] for name in concepts}
                 )
@@ -196,9 +198,9 @@ def test_curves_of_another_learning_rate_are_refused() -> None:
     """The tuning file has found a better one since."""
     tuning, curves = collect(_records(CURVES), [ADAMW, OURS]), _records(BEST)
     assert [one.name for one in main_rows(tuning, {}, curves, 4)] == ["adamw", "riemannion+loi"]
-    curves.cells[Cell("riemannion+loi", 4, 0.1, 0)] = curves.cells.pop(
-        Cell("riemannion+loi", 4, 1.0, 0)
-    )
+    for seed in (0, 1):
+        old = curves.cells.pop(Cell("riemannion+loi", 4, 1.0, seed))
+        curves.cells[Cell("riemannion+loi", 4, 0.1, seed)] = old
     with pytest.raises(SystemExit, match="`run curves` again"):
         main_rows(tuning, {}, curves, 4)
 
@@ -218,7 +220,7 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         for cell, scores in other.cells.items():
             tuning.add(cell, scores)
     sweeps = Records({}, {"owl": BASE})
-    sweeps.add(Cell("riemannion+loi", 4, 1.0, 0, "decay=1"), {"owl": [6000, 3000, 5000]})
+    sweeps.add(Cell("riemannion+loi", 4, 1.0, 0, "decay=1"), {"owl": [6000, 3000, 90_000, 5000]})
     points = plane(test, collect(test, [ADAMW, OURS]))
     assert points["base model"] == [(0.5, 1.0)]
     assert points["adamw"][0] == pytest.approx((0.5, 1.0), abs=1e-3)
@@ -231,6 +233,7 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "decay=1" in said
     names = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("| ")]
     assert names[:5] == ["method", "-" * 14, "adamw", "adamw, rank 8", "muon"]
+    assert said.count("over adamw's own: 0.25 [0.25 0.25]") == 2
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sorted(sizes) == [
         f"convergence-{name}.png" for name in ("plane", "ranks", "rates", "steps")

@@ -240,7 +240,7 @@ def test_a_small_plan_from_end_to_end(tmp_path: Path) -> None:
     assert {cell: sorted(scores) for cell, scores in found.cells.items()} == {
         cell: ["robot", "teapot"] for cell in cells
     }
-    assert all(len(one) == 2 * 2 + 1 for scores in found.cells.values() for one in scores.values())
+    assert all(len(one) == 3 * 2 + 1 for scores in found.cells.values() for one in scores.values())
     before = path.stat().st_mtime_ns
     assert pool.run(task, found, path)
     assert path.stat().st_mtime_ns == before

@@ -3,7 +3,7 @@
     python -m benchmarks.convergence run tuning    every learning rate on the tuning concepts
     python -m benchmarks.convergence run test      the same on the test concepts
     python -m benchmarks.convergence run curves    the best learning rate of the first, on the test concepts, step by
-    python -m benchmarks.convergence run alpha     one setting varied: alpha, batches, momentum, decay
+    python -m benchmarks.convergence run sweeps    one setting after the other varied on the tuning concepts
     python -m benchmarks.convergence plots         draw and print what the JSON files of all that hold
 
 `run` does what is missing and can be stopped at any time.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.convergence.gains import best_rates
+from benchmarks.convergence.gains import MEASURES, best_rates
 from benchmarks.convergence.methods import CENTRES, DEFAULT, GRID
 from benchmarks.convergence.plan import (
     CONCEPTS,
@@ -27,7 +27,7 @@ from benchmarks.convergence.records import Records, read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = {name: RESULTS / f"convergence-{name}.json" for name in (*PARTS, "sweeps")}
+FILES = {name: RESULTS / f"convergence-{name}.json" for name in PARTS}
 
 
 def _centre(text: str) -> tuple[str, float]:
@@ -43,13 +43,15 @@ def make_parser() -> argparse.ArgumentParser:
     trains = commands.add_parser("run", help="train and score what is missing")
     trains.add_argument(
         "part",
-        choices=(*PARTS, *SWEEPS),
+        choices=PARTS,
         help="tuning: every learning rate on the tuning concepts; test: the same on the test concepts; curves: the "
-        "learning rate that is best in the tuning file, on the test concepts, scored on the way; the others vary one "
-        "setting of riemannion+loi on the tuning concepts",
+        "learning rates that are best in the tuning file, by score and by loss, on the test concepts, scored on the "
+        "way; sweeps: at that of the score, one setting after the other varied on the tuning concepts",
     )
     trains.add_argument("--output", type=Path, help="JSON; default below benchmarks/results")
-    trains.add_argument("--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[+INIT]")
+    trains.add_argument(
+        "--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[:MAP][+INIT]"
+    )
     trains.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="main one first")
     trains.add_argument("--seeds", nargs="+", type=int, default=[0])
     trains.add_argument("--concepts", nargs="+", default=None, choices=CONCEPTS)
@@ -62,7 +64,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="METHOD=LR",
         help=f"middle of a grid; defaults: {', '.join(f'{k} {v:g}' for k, v in CENTRES.items())}",
     )
-    trains.add_argument("--sweep-lr", type=float, default=CENTRES["riemannion"])
+    trains.add_argument(
+        "--settings",
+        nargs="+",
+        default=list(SWEEPS),
+        choices=SWEEPS,
+        help="of sweeps, for riemannion",
+    )
     usual = Budget()
     trains.add_argument("--steps", type=int, default=usual.steps)
     trains.add_argument("--batch", type=int, default=usual.batch, help="pictures of a step")
@@ -87,10 +95,8 @@ def cells_of(options: argparse.Namespace, tuned: Records) -> list[Cell]:
 
     Args:
         options: of `run`.
-        tuned: what the tuning file holds; the curves are trained at its best learning rates.
+        tuned: what the tuning file holds; curves and sweeps are trained at its best learning rates.
     """
-    if options.part in SWEEPS:
-        return sweep_plan(options.part, options.ranks[0], options.seeds, options.sweep_lr)
     centres = dict(options.centre)
     unknown = sorted(set(centres) - set(options.methods))
     if unknown or options.grid % 2 == 0:
@@ -99,8 +105,11 @@ def cells_of(options: argparse.Namespace, tuned: Records) -> list[Cell]:
             if unknown
             else f"--grid must be odd, got {options.grid}"
         )
-    if options.part == "curves":
-        best = best_rates(tuned, [(m, r) for r in options.ranks for m in options.methods])
+    if options.part in {"curves", "sweeps"}:
+        places = [(m, r) for r in options.ranks for m in options.methods]
+        best = [best_rates(tuned, places, measure) for measure in MEASURES]
+        if options.part == "sweeps":
+            return sweep_plan(options.settings, best[0], options.seeds)
         return best_cells(best, options.seeds)
     return plan(options.methods, options.ranks, options.seeds, centres, options.grid)
 
@@ -119,7 +128,7 @@ def train(options: argparse.Namespace) -> None:
         options.graphs == "on",
         options.limit_minutes,
     )
-    path = options.output or FILES["sweeps" if options.part in SWEEPS else options.part]
+    path = options.output or FILES[options.part]
     records = read_records([path])
     before = sum(map(len, records.cells.values()))
     done = run(task, records, path)

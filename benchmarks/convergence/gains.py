@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.convergence.plan import Cell
-from benchmarks.convergence.records import Records, Scores
+from benchmarks.convergence.records import AT_A_MARK, Records, Scores
 
 DRAWS = 1000
 Array = NDArray[np.float64]
@@ -24,6 +25,8 @@ Unit = tuple[str, int]
 """Concept and seed."""
 Place = tuple[str, int]
 """Method and rank."""
+Measure = Literal["score", "loss"]
+MEASURES: tuple[Measure, ...] = ("score", "loss")
 
 
 def combined(image: float, margin: float, ceiling: float, base_margin: float) -> float:
@@ -43,20 +46,25 @@ def combined(image: float, margin: float, ceiling: float, base_margin: float) ->
     return 2 * likeness * kept / (likeness + kept) if likeness + kept else 0.0
 
 
-def gains(scores: Scores, base: Sequence[int]) -> list[float]:
+def gains(scores: Scores, base: Sequence[int], measure: Measure = "score") -> list[float]:
     """Gain of one training at step 0 and at every mark.
 
     Args:
         scores: see `records.Scores`.
         base: see `records.BASE`.
+        measure: "score": of the combined score; "loss": the part of the base model's held-out loss that is gone.
 
     Returns:
-        One more than there are marks; the first is 0.
+        One more than there are marks; the first is 0. A loss that is not finite counts as the base model's.
     """
-    image, margin, _, ceiling = base
+    image, margin, _, ceiling, first_loss = base
     zero = combined(image, margin, ceiling, margin)
     found = [0.0]
-    for seen, kept in zip(scores[:-1:2], scores[1:-1:2], strict=True):
+    for place in range(0, len(scores) - 1, AT_A_MARK):
+        seen, kept, loss = scores[place : place + AT_A_MARK]
+        if measure == "loss":
+            found.append(0.0 if loss is None else 1 - loss / first_loss)
+            continue
         broken = seen is None or kept is None
         found.append(0.0 if broken else combined(seen or 0, kept or 0, ceiling, margin) - zero)
     return found
@@ -132,13 +140,17 @@ def places_of(records: Records) -> list[Place]:
     return sorted(found, key=lambda place: (place[0] != "adamw", *place))
 
 
-def series(records: Records, place: Place, units: Sequence[Unit]) -> Series:
+def series(
+    records: Records, place: Place, units: Sequence[Unit], measure: Measure = "score"
+) -> Series:
     """Collect the gains of a method at a rank."""
     method, rank = place
     lrs = sorted({cell.lr for cell in complete_cells(records, place)})
     values = [
         [
-            gains(records.cells[Cell(method, rank, lr, seed)][concept], records.base[concept])
+            gains(
+                records.cells[Cell(method, rank, lr, seed)][concept], records.base[concept], measure
+            )
             for concept, seed in units
         ]
         for lr in lrs
@@ -146,20 +158,25 @@ def series(records: Records, place: Place, units: Sequence[Unit]) -> Series:
     return Series(lrs, list(units), np.array(values))
 
 
-def collect(records: Records, places: Sequence[Place]) -> dict[Place, Series]:
+def collect(
+    records: Records, places: Sequence[Place], measure: Measure = "score"
+) -> dict[Place, Series]:
     """Those of the places that were trained, on the units that all of them have."""
     known = places_of(records)
     there = [place for place in places if place in known]
     units = common_units(records, there)
-    return {place: series(records, place, units) for place in there} if units else {}
+    return {place: series(records, place, units, measure) for place in there} if units else {}
 
 
-def best_rates(records: Records, places: Sequence[Place]) -> dict[Place, float]:
+def best_rates(
+    records: Records, places: Sequence[Place], measure: Measure = "score"
+) -> dict[Place, float]:
     """The learning rate with the highest mean gain at the end.
 
     Args:
         records: trainings over a grid of learning rates.
         places: methods with their ranks.
+        measure: whose gain.
 
     Returns:
         By place, in the order given.
@@ -169,7 +186,7 @@ def best_rates(records: Records, places: Sequence[Place]) -> dict[Place, float]:
     """
     found = {}
     for place in places:
-        one = collect(records, [place]).get(place)
+        one = collect(records, [place], measure).get(place)
         if one is None:
             raise SystemExit(
                 f"{place[0]} at rank {place[1]} has no learning rate yet: the tuning file has no complete training "

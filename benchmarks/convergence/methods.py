@@ -6,24 +6,25 @@ import math
 from dataclasses import dataclass
 
 from dreamrie.config.method import usual_init, usual_start_scale
+from dreamrie.core_maps import CORE_MAPS
 from dreamrie.init_table import INITS
 from dreamrie.optimizer_table import OPTIMIZERS
 
-# Middle of the grid, in the unit of each optimizer. They are guesses from runs on the tuning concepts; a best value at
-# the end of its grid is marked in the table, and --centre moves the grid.
+# Middle of the grid, in the unit of each optimizer, from runs on the tuning concepts; a best value at the end of its grid
+# is marked in the table, and --centre moves the grid.
 CENTRES = {
-    "riemannion": 1e-2,
-    "riemann_sgd": 1e-1,
-    "riemann_adam": 1e-2,
-    "imuon": 1e-2,
-    "lora_muon": 1e-2,
-    "lora_rite": 1e-3,
-    "adamw": 1e-3,
-    "lorafa": 1e-3,
-    "rprec_adamw": 1e-3,
-    "loraplus": 3e-4,
+    "riemannion": 3.16e-2,
+    "riemann_sgd": 1.0,
+    "riemann_adam": 1e-1,
+    "imuon": 3.16e-2,
+    "lora_muon": 3.16e-2,
+    "lora_rite": 3.16e-2,
+    "adamw": 1e-2,
+    "lorafa": 1e-2,
+    "rprec_adamw": 1e-2,
+    "loraplus": 3.16e-3,
     "muon": 1e-2,
-    "sgd": 1.0,
+    "sgd": 10.0,
 }
 # Elementwise, in few launches; the others factor many small matrices, for which a processor is quicker than a GPU.
 ELEMENTWISE = {"adamw", "sgd", "loraplus"}
@@ -36,14 +37,16 @@ class Method:
     """What a name stands for.
 
     Attributes:
-        name: `OPTIMIZER` or `OPTIMIZER+INIT`.
+        name: `OPTIMIZER`, `OPTIMIZER:MAP`, `OPTIMIZER+INIT` or `OPTIMIZER:MAP+INIT`.
         optimizer: key of `dreamrie.optimizer_table.OPTIMIZERS`.
         init: start of the adapters, `loi` or as `dreamrie.attach_lora` takes it.
+        core_map: key of `dreamrie.core_maps.CORE_MAPS` for an optimizer that has them.
     """
 
     name: str
     optimizer: str
     init: str
+    core_map: str | None = None
 
     @property
     def is_elementwise(self) -> bool:
@@ -64,11 +67,12 @@ def parse_method(name: str) -> Method:
     Raises:
         SystemExit: there is no such optimizer or start, or they do not go together.
     """
-    optimizer, _, init = name.partition("+")
+    left, _, init = name.partition("+")
+    optimizer, _, core_map = left.partition(":")
     if optimizer not in OPTIMIZERS:
         raise SystemExit(
             f"--methods: there is no optimizer {optimizer!r} in {name!r}; known: {', '.join(OPTIMIZERS)}. A method is "
-            "OPTIMIZER or OPTIMIZER+INIT"
+            "OPTIMIZER[:MAP][+INIT]"
         )
     start, entry = init or usual_init(optimizer), OPTIMIZERS[optimizer]
     if start not in INITS or (INITS[start].needs == "batches" and start != "loi"):
@@ -79,7 +83,11 @@ def parse_method(name: str) -> Method:
     anchored = INITS[start].anchored
     if (entry.needs_rank and not anchored) or (entry.anchor == "refused" and anchored):
         raise SystemExit(f"--methods: {optimizer} cannot go on from the start {start!r}")
-    return Method(name, optimizer, start)
+    if core_map and ("core_map" not in entry.options or core_map not in CORE_MAPS):
+        raise SystemExit(
+            f"--methods: {name!r} wants the spectral map {core_map!r}; riemannion has {', '.join(CORE_MAPS)}"
+        )
+    return Method(name, optimizer, start, core_map or None)
 
 
 def grid(centre: float, count: int = GRID) -> list[float]:

@@ -16,16 +16,20 @@ RANKS, SEEDS = (4, 2, 8, 16), (0, 1, 2)
 # Steps after which a training is scored where its curve is asked for, as parts of its length.
 MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 
-PARTS = ("tuning", "test", "curves")
-"""Files of the bench: every learning rate on the tuning concepts, the same on the test concepts, and the best of the
-first on the test concepts with its curve."""
-SWEEPS: dict[str, tuple[float, ...]] = {
-    "alpha": (0.1, 0.3, 1.0, 3.0, 10.0),
-    "batches": (1, 4, 16, 32, 128),
-    "momentum": (0.0, 0.5, 0.8, 0.9, 0.95, 0.98),
-    "decay": (0.0, 0.01, 0.1, 1.0, 10.0),
+SWEEPS: dict[str, tuple[float | str, ...]] = {
+    "alpha": (0.1, 0.3, 3.0, 10.0),
+    "batches": (1, 8, 128),
+    "momentum": (0.0, 0.5, 0.8, 0.95, 0.98),
+    "decay": (0.01, 0.1, 1.0),
+    "schedule": ("constant", "linear"),
+    "match_rms": (1.0,),
 }
-"""Settings of riemannion+loi that can be varied: start in multiples of the default, LOI batches, momentum, decay."""
+"""Settings of riemannion that can be varied, without the defaults: start in multiples of the default, LOI batches,
+momentum, decay, schedule, and match_rms: learning rates in proportion to sqrt(m n), so that the entries of a step are
+of one size in all layers."""
+PARTS = ("tuning", "test", "curves", "sweeps")
+"""Files of the bench: every learning rate on the tuning concepts; the same on the test concepts; the best of the first
+on the test concepts with its curve; single settings varied on the tuning concepts."""
 
 
 class Cell(NamedTuple):
@@ -44,6 +48,12 @@ class Cell(NamedTuple):
     lr: float
     seed: int
     setting: str = ""
+
+
+def setting_of(cell: Cell) -> tuple[str, str]:
+    """The changed setting of a cell and its value; two empty words without one."""
+    name, _, value = cell.setting.partition("=")
+    return name, value
 
 
 class Budget(NamedTuple):
@@ -101,32 +111,41 @@ def plan(
     ]
 
 
-def best_cells(best: Mapping[tuple[str, int], float], seeds: Sequence[int]) -> list[Cell]:
-    """Each method and rank at its own learning rate, the first seed of all before the others.
+def best_cells(best: Sequence[Mapping[tuple[str, int], float]], seeds: Sequence[int]) -> list[Cell]:
+    """Each method and rank at its own learning rates, the first seed of all before the others.
 
     Args:
+        best: learning rate by method and rank, for each measure.
+        seeds: of the trainings.
+    """
+    every = [
+        Cell(name, rank, lr, seed)
+        for seed in seeds
+        for one in best
+        for (name, rank), lr in one.items()
+    ]
+    return list(dict.fromkeys(every))
+
+
+def sweep_plan(
+    settings: Sequence[str], best: Mapping[tuple[str, int], float], seeds: Sequence[int]
+) -> list[Cell]:
+    """Methods at their own learning rate with one setting varied, everything else at its default.
+
+    Args:
+        settings: keys of `SWEEPS`.
         best: learning rate by method and rank.
         seeds: of the trainings.
-    """
-    return [Cell(name, rank, lr, seed) for seed in seeds for (name, rank), lr in best.items()]
-
-
-def sweep_plan(setting: str, rank: int, seeds: Sequence[int], lr: float) -> list[Cell]:
-    """Riemannion from LOI with one setting varied, everything else at its default.
-
-    Args:
-        setting: key of `SWEEPS`.
-        rank: r.
-        seeds: of the trainings.
-        lr: peak learning rate.
 
     Returns:
-        Each value for the first seed, then for the others.
+        The default, then each value, for the first seed; then for the others.
     """
+    varied = [f"{name}={value}" for name in settings for value in SWEEPS[name]]
     return [
-        Cell("riemannion+loi", rank, lr, seed, f"{setting}={value:g}")
+        Cell(method, rank, lr, seed, setting)
         for seed in seeds
-        for value in SWEEPS[setting]
+        for setting in ("", *varied)
+        for (method, rank), lr in best.items()
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,45 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def plot_steps(rows: Sequence[Row], steps: Sequence[int], path: Path) -> None:
-    """Gain against steps, each method at its own learning rate, with intervals."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+class Figures:
+    """Figures with a panel for each measure, side by side.
+
+    Args:
+        folder: gets convergence-steps.png, -rates.png and -ranks.png.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._panels: dict[str, list[Callable[[Any], None]]] = {}
+
+    def steps(self, rows: Sequence[Row], steps: Sequence[int], words: str) -> None:
+        """Gain against steps, each method at its own learning rate, with intervals."""
+        self._add("steps", lambda axes: _steps(axes, rows, steps, words))
+
+    def rates(self, series: Mapping[str, Series], words: str) -> None:
+        """Gain at the end against the learning rate, in multiples of each method's best."""
+        self._add("rates", lambda axes: _rates(axes, series, words))
+
+    def ranks(self, by_rank: Mapping[int, Mapping[str, Series]], words: str) -> None:
+        """Best learning rate and its plateau against the rank."""
+        self._add("ranks", lambda axes: _ranks(axes, by_rank, words))
+
+    def _add(self, name: str, panel: Callable[[Any], None]) -> None:
+        self._panels.setdefault(name, []).append(panel)
+
+    def save(self) -> None:
+        """Draw what was added."""
+        for name, panels in self._panels.items():
+            figure, every = plt.subplots(
+                1, len(panels), figsize=(6 * len(panels), 4.2), squeeze=False
+            )
+            for axes, panel in zip(every[0], panels, strict=True):
+                panel(axes)
+                axes.legend(fontsize=7, framealpha=0.6)
+            _save(figure, self._folder / f"convergence-{name}.png")
+
+
+def _steps(axes: Any, rows: Sequence[Row], steps: Sequence[int], words: str) -> None:
     for number, row in enumerate(rows):
         style = _style(number)
         axes.plot(steps, row.curve[0], label=f"{row.name}, lr {row.lr:g}", markersize=4, **style)
@@ -49,14 +85,10 @@ def plot_steps(rows: Sequence[Row], steps: Sequence[int], path: Path) -> None:
             steps, row.curve[1], row.curve[2], color=style["color"], alpha=0.12, linewidth=0
         )
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(xlabel="optimizer steps", ylabel="gain over the base model")
-    axes.legend(fontsize=7, framealpha=0.6)
-    _save(figure, path)
+    axes.set(xlabel="optimizer steps", ylabel=words)
 
 
-def plot_rates(series: Mapping[str, Series], path: Path) -> None:
-    """Gain at the end against the learning rate, in multiples of each method's best."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+def _rates(axes: Any, series: Mapping[str, Series], words: str) -> None:
     for number, (name, one) in enumerate(series.items()):
         flat, best = plateau(one.lrs, one.finals), one.lrs[one.best]
         style = _style(number)
@@ -75,16 +107,13 @@ def plot_rates(series: Mapping[str, Series], path: Path) -> None:
             alpha=0.35,
         )
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(
-        xlabel="learning rate, in multiples of the method's best", ylabel="gain over the base model"
-    )
-    axes.legend(fontsize=7, framealpha=0.6)
-    _save(figure, path)
+    # A rate that breaks the training would leave no room for the others.
+    top = max(one.finals.max() for one in series.values())
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], -top))
+    axes.set(xlabel="learning rate, in multiples of the method's best", ylabel=words)
 
 
-def plot_ranks(by_rank: Mapping[int, Mapping[str, Series]], path: Path) -> None:
-    """Best learning rate and its plateau against the rank."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+def _ranks(axes: Any, by_rank: Mapping[int, Mapping[str, Series]], words: str) -> None:
     names = list(dict.fromkeys(name for found in by_rank.values() for name in found))
     for number, name in enumerate(names):
         ranks = [rank for rank in sorted(by_rank) if name in by_rank[rank]]
@@ -104,11 +133,11 @@ def plot_ranks(by_rank: Mapping[int, Mapping[str, Series]], path: Path) -> None:
         yscale="log",
         xlabel="rank",
         ylabel="best learning rate, bar: within 95 % of its gain",
+        title=words,
     )
+    axes.title.set_fontsize(8)
     axes.set_xticks(sorted(by_rank), [str(rank) for rank in sorted(by_rank)])
     axes.minorticks_off()
-    axes.legend(fontsize=7, framealpha=0.6)
-    _save(figure, path)
 
 
 def plot_plane(

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.convergence.methods import parse_method
-from benchmarks.convergence.plan import CONCEPTS, Budget, Cell, missing
+from benchmarks.convergence.plan import CONCEPTS, Budget, Cell, missing, setting_of
 from benchmarks.convergence.records import Records, Scores
 from benchmarks.convergence.scoring import Judge
 from benchmarks.convergence.subjects import LOI_BATCHES, Shelf, Subjects
-from benchmarks.convergence.training import OutOfTimeError, Stack, setting_of
+from benchmarks.convergence.training import OutOfTimeError, Stack
 from dreamrie.diffusion.components import load_components
 
 # Failures in a row after which it is no use to go on.
@@ -186,7 +186,7 @@ def jobs_of(
             method, (name, value) = parse_method(cell.method), setting_of(cell)
             wanted: list[tuple[str, tuple[Any, ...]]] = [("rows", (cell.seed,))]
             if method.init == "loi":
-                batches = value if name == "batches" else LOI_BATCHES
+                batches = int(value) if name == "batches" else LOI_BATCHES
                 wanted.append(("start", (cell.seed, cell.rank, batches)))
             for kind, key in wanted:
                 for concept in concepts:

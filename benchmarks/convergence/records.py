@@ -11,16 +11,18 @@ from typing import Any
 from benchmarks.convergence.plan import Cell
 from dreamrie.files import write_atomic
 
-# Scores are kept as whole numbers of this size.
-UNIT = 1e-4
-BASE = ("image", "margin", "text", "ceiling")
+# Scores are kept as whole numbers of this size, losses of that one.
+UNIT, LOSS_UNIT = 1e-4, 1e-6
+BASE = ("image", "margin", "text", "ceiling", "loss")
+AT_A_MARK = 3
 Scores = list[int | None]
-"""Image similarity and prompt margin at each mark in turn, then text similarity at the end; None: blank pictures."""
+"""Image similarity, prompt margin and held-out loss at each mark in turn, then text similarity at the end; None: blank
+pictures, or a loss that is not finite."""
 
 
-def as_units(value: float) -> int:
-    """A score as it is kept."""
-    return round(value / UNIT)
+def as_units(value: float, unit: float = UNIT) -> int:
+    """A number as it is kept."""
+    return round(value / unit)
 
 
 @dataclass

@@ -9,22 +9,27 @@ import numpy as np
 
 from benchmarks.convergence import plots
 from benchmarks.convergence.gains import (
+    MEASURES,
+    Measure,
     Place,
     Series,
     Unit,
     collect,
-    complete_cells,
     draws,
     gains,
     interval,
     places_of,
 )
 from benchmarks.convergence.plan import Cell
-from benchmarks.convergence.records import Records
+from benchmarks.convergence.records import AT_A_MARK, Records
 from benchmarks.convergence.targets import EQUAL, Row, plateau, row, transfer
 
 RIVAL = "adamw"
 STEPS_TARGET, WIDTH_TARGET = 1 / 3, 4.0
+WORDS: dict[Measure, str] = {
+    "score": "gain of the combined score over the base model",
+    "loss": "part of the base model's held-out loss that is gone",
+}
 Grid = dict[Place, Series]
 
 
@@ -162,20 +167,20 @@ def _shares(records: Records, cell: Cell, units: Sequence[Unit]) -> tuple[float,
     pairs = []
     for concept, seed in units:
         scores, base = records.cells[cell._replace(seed=seed)][concept], records.base[concept]
-        if scores[-3] is not None and scores[-2] is not None:
-            pairs.append((scores[-3] / base[3], scores[-2] / base[1]))
+        image, margin = scores[-AT_A_MARK - 1 : -AT_A_MARK + 1]
+        if image is not None and margin is not None:
+            pairs.append((image / base[3], margin / base[1]))
     return tuple(np.mean(pairs, axis=0).tolist()) if pairs else (float("nan"), float("nan"))
 
 
 def sweep_table(records: Records) -> str:
-    """Gains of the cells with a changed setting, on the concepts that they have."""
+    """Gains with one changed setting, on the concepts that they have."""
     kept: dict[tuple[str, int, float, str], list[float]] = {}
     for cell, scores in records.cells.items():
-        if cell.setting:
-            key = (cell.method, cell.rank, cell.lr, cell.setting)
-            kept.setdefault(key, []).extend(
-                gains(one, records.base[name])[-1] for name, one in scores.items()
-            )
+        key = (cell.method, cell.rank, cell.lr, cell.setting or "defaults")
+        kept.setdefault(key, []).extend(
+            gains(one, records.base[name])[-1] for name, one in scores.items()
+        )
     lines = [f"{'method':<16} rank  lr        {'setting':<16} trainings  gain  standard error"]
     for (method, rank, lr, setting), values in sorted(kept.items()):
         error = float(np.std(values) / max(1, len(values) - 1) ** 0.5)
@@ -185,35 +190,60 @@ def sweep_table(records: Records) -> str:
     return "\n".join(lines)
 
 
-def main_rows(tuning: Grid, test: Grid, curves: Records, rank: int) -> list[Row]:
+def at_rate(records: Records, rates: Mapping[Place, float]) -> Records:
+    """The trainings at one learning rate for each method and rank."""
+    kept = {
+        cell: scores
+        for cell, scores in records.cells.items()
+        if rates.get((cell.method, cell.rank)) == cell.lr
+    }
+    return Records(records.facts, records.base, kept)
+
+
+def main_rows(
+    tuning: Grid, test: Grid, every: Records, rank: int, measure: Measure = "score"
+) -> list[Row]:
     """Rows of the table: every method at a rank, and AdamW at twice the rank.
 
     Args:
         tuning: by method and rank, on the tuning concepts.
         test: those of the rank, on the test concepts.
-        curves: finished trainings at the learning rates of `tuning`.
+        every: finished trainings at the learning rates of `tuning`, scored on the way; others are left out.
         rank: of the table.
+        measure: of gains, the one of `tuning` and `test`.
+
+    Raises:
+        SystemExit: a method was trained at other learning rates alone.
     """
+    rates = {place: one.lrs[one.best] for place, one in tuning.items()}
+    curves = at_rate(every, rates)
+    lost = [
+        place for place in places_of(every) if place in rates and place not in places_of(curves)
+    ]
+    if lost:
+        raise SystemExit(
+            f"the curves of {lost[0][0]} at rank {lost[0][1]} were not trained at {rates[lost[0]]:g}, which is the "
+            "best learning rate of the tuning file now: `run curves` again"
+        )
     steps, rival = [0, *curves.marks], (RIVAL, rank)
     places = [one for one in places_of(curves) if one[1] == rank or one == (RIVAL, 2 * rank)]
     found = []
     for place in sorted(places, key=lambda one: one != rival):
-        both = collect(curves, [rival, place])
-        if place not in tuning:
-            continue
-        wanted = tuning[place].lrs[tuning[place].best]
-        trained = {cell.lr for cell in complete_cells(curves, place)}
-        if trained != {wanted}:
-            raise SystemExit(
-                f"the curves of {place[0]} at rank {place[1]} were trained at learning rate "
-                f"{', '.join(f'{lr:g}' for lr in sorted(trained))}, and {wanted:g} is the best of the tuning file now: "
-                "`run curves` again, without the old lines"
-            )
+        both = collect(curves, [rival, place], measure)
         if rival not in both or place not in both:
             continue
         name = place[0] if place[1] == rank else f"{place[0]}, rank {place[1]}"
         grids = (test[place], test[rival]) if place in test and rival in test else None
         found.append(row(name, tuning[place], grids, (both[place], both[rival]), steps))
+    return found
+
+
+def grids_of(records: Records, measure: Measure) -> dict[int, Grid]:
+    """Every method by rank, on the trainings that all methods of the rank have."""
+    found: dict[int, Grid] = {}
+    for rank in sorted({place[1] for place in places_of(records)}):
+        there = [place for place in places_of(records) if place[1] == rank]
+        found[rank] = collect(records, there, measure)
     return found
 
 
@@ -225,36 +255,40 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
         rank: of the first table, and of the figures but the one over ranks.
         folder: gets convergence-steps.png, -rates.png, -ranks.png and -plane.png.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if files["sweeps"].cells:
         print(sweep_table(files["sweeps"]) + "\n")
-    tuning = {
-        place: one
-        for place in places_of(files["tuning"])
-        for one in collect(files["tuning"], [place]).values()
-    }
-    test: dict[int, Grid] = {}
-    for one in sorted({place[1] for place in places_of(files["test"])}):
-        there = [place for place in places_of(files["test"]) if place[1] == one]
-        test[one] = collect(files["test"], there)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    if files["curves"].cells:
-        rows = main_rows(tuning, test.get(rank, {}), files["curves"], rank)
-        steps = [0, *files["curves"].marks]
-        print(f"rank {rank}, gain over the base model after {steps[-1]} steps")
-        print(table(rows) + "\n")
-        plots.plot_steps(rows, steps, folder / "convergence-steps.png")
-    print(targets(rows, test) + "\n")
-    print(grid_table(tuning, test))
-    if rank in test:
-        grid = {place[0]: one for place, one in test[rank].items()}
-        plots.plot_rates(grid, folder / "convergence-rates.png")
-        places = {
-            place[0]: one.lrs.index(tuning[place].lrs[tuning[place].best])
-            for place, one in test[rank].items()
-            if place in tuning
+    figures = plots.Figures(folder)
+    for measure in MEASURES:
+        tuning = {
+            place: one
+            for place in places_of(files["tuning"])
+            for one in collect(files["tuning"], [place], measure).values()
         }
-        path = folder / "convergence-plane.png"
-        plots.plot_plane(plane(files["test"], test[rank]), places, path)
-        named = {r: {place[0]: one for place, one in found.items()} for r, found in test.items()}
-        plots.plot_ranks(named, folder / "convergence-ranks.png")
+        test = grids_of(files["test"], measure)
+        rows = []
+        print(f"=== {WORDS[measure]} ===")
+        if files["curves"].cells:
+            rows = main_rows(tuning, test.get(rank, {}), files["curves"], rank, measure)
+            steps = [0, *files["curves"].marks]
+            print(f"rank {rank}, after {steps[-1]} steps")
+            print(table(rows) + "\n")
+            figures.steps(rows, steps, WORDS[measure])
+        print(targets(rows, test) + "\n")
+        print(grid_table(tuning, test) + "\n")
+        if rank in test:
+            figures.rates({place[0]: one for place, one in test[rank].items()}, WORDS[measure])
+            figures.ranks(
+                {r: {place[0]: one for place, one in found.items()} for r, found in test.items()},
+                WORDS[measure],
+            )
+            if measure == "score":
+                chosen = {
+                    place[0]: one.lrs.index(tuning[place].lrs[tuning[place].best])
+                    for place, one in test[rank].items()
+                    if place in tuning
+                }
+                plots.plot_plane(
+                    plane(files["test"], test[rank]), chosen, folder / "convergence-plane.png"
+                )
+    figures.save()

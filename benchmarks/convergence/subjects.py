@@ -25,6 +25,8 @@ from dreamrie.lora import LoraPair, attach_lora
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = ROOT / "examples" / "concepts"
 TOKEN, LOI_BATCHES = "sks", 32
+# Batches, and the seed of their noise, that only the held-out loss sees.
+HELD_BATCHES, HELD_SEED = 16, 10_000
 # Another worker that makes the same thing is waited for this long.
 PATIENCE_S = 60.0
 
@@ -114,17 +116,25 @@ class Subjects:
 
     def rows(self, concept: str, seed: int) -> Rows:
         """Rows of a training, on the processor."""
-        found = self._shelf.get(f"rows-{concept}-{seed}", lambda: self._make_rows(concept, seed))
+        steps = self._budget.steps
+        name = f"rows-{concept}-{seed}"
+        return Rows(**self._shelf.get(name, lambda: self._make_rows(concept, seed, steps)))
+
+    def held(self, concept: str) -> Rows:
+        """Rows of the held-out loss: the same pictures under noise and timesteps that no training sees."""
+        found = self._shelf.get(
+            f"held-{concept}", lambda: self._make_rows(concept, HELD_SEED, HELD_BATCHES)
+        )
         return Rows(**found)
 
-    def _make_rows(self, concept: str, seed: int) -> dict[str, Tensor]:
+    def _make_rows(self, concept: str, seed: int, steps: int) -> dict[str, Tensor]:
         task = self.task(self.components.unet, [], concept, seed)
         texts = list(dict.fromkeys(task.concept.instance.prompts))
         embedded = encode_prompts(self.components, texts).float()
         parts: dict[str, list[Tensor]] = {
             key: [] for key in ("noisy", "target", "timesteps", "prompts")
         }
-        for step in range(1, self._budget.steps + 1):
+        for step in range(1, steps + 1):
             batch = task.batch(step, 0)
             if any(mask is not None for mask in batch.masks):
                 raise SystemExit(f"{concept}: a stack has no masks, and a picture is transparent")

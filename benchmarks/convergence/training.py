@@ -6,18 +6,20 @@ optimizer, and gradients are not searched for numbers that are not finite: a tra
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from benchmarks.convergence.methods import Method, parse_method
-from benchmarks.convergence.plan import Budget, Cell
-from benchmarks.convergence.records import BASE, Scores, as_units
+from benchmarks.convergence.plan import Budget, Cell, setting_of
+from benchmarks.convergence.records import LOSS_UNIT, Scores, as_units
 from benchmarks.convergence.scoring import Found, Judge
 from benchmarks.convergence.stacked import Bank, run_on_graph
-from benchmarks.convergence.subjects import LOI_BATCHES, Rows, Subjects
+from benchmarks.convergence.subjects import HELD_BATCHES, LOI_BATCHES, Rows, Subjects
 from dreamrie.errors import NumericalError
 from dreamrie.lora import LoraPair
 from dreamrie.optimizers import build_optimizer
@@ -32,29 +34,27 @@ class OutOfTimeError(Exception):
     """The deadline passed before the training was finished."""
 
 
-def setting_of(cell: Cell) -> tuple[str, float]:
-    """The changed setting of a cell and its value; ("", nan) without one."""
-    name, _, value = cell.setting.partition("=")
-    return name, float(value or "nan")
-
-
 class Rates:
     """Optimizers of a stack on the schedule of the training script.
 
     Args:
-        optimizers: one for each training.
+        optimizers: of all trainings.
         steps: length of the trainings.
+        schedule: by its name in the training script.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], steps: int) -> None:
-        self._optimizers, self._steps = list(optimizers), steps
+    def __init__(
+        self, optimizers: Sequence[Optimizer], steps: int, schedule: str = "cosine"
+    ) -> None:
+        self._optimizers, self._steps, self._schedule = list(optimizers), steps, schedule
         # Every group keeps its own peak: LoRA+ has two.
         self._peaks = [[group["lr"] for group in one.param_groups] for one in self._optimizers]
         self._broken: set[int] = set()
 
     def step(self, done: int) -> None:
         """One step of every training that is not broken, after `done` steps."""
-        factor = schedule_factor("cosine", done, self._steps, min(WARMUP_STEPS, self._steps // 10))
+        warmup = min(WARMUP_STEPS, self._steps // 10)
+        factor = schedule_factor(self._schedule, done, self._steps, warmup)
         for number, (one, peaks) in enumerate(zip(self._optimizers, self._peaks, strict=True)):
             for group, peak in zip(one.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -80,11 +80,39 @@ class Stack:
 
     def base(self, concept: str) -> list[int]:
         """Scores of the base model, see `records.BASE`."""
-        (found,) = self._judge(self._subjects.components.unet, [concept])
+        unet = self._subjects.components.unet
+        (found,) = self._judge(unet, [concept])
         if found is None:
             raise SystemExit(f"the base model draws blank pictures of {concept}")
-        ceiling = self._judge.ceiling(concept)
-        return [as_units(getattr(found, name, ceiling)) for name in BASE]
+        (loss,) = self._losses(unet, [concept])
+        scores = (found.image, found.margin, found.text, self._judge.ceiling(concept))
+        return [*map(as_units, scores), as_units(loss, LOSS_UNIT)]
+
+    @torch.no_grad()
+    def _losses(self, unet: Any, concepts: Sequence[str]) -> list[float]:
+        """Held-out loss of every training of a stack."""
+        rows = [self._subjects.held(name) for name in concepts]
+        device = self._subjects.components.device
+        total = torch.zeros(len(rows), device=device)
+        for number in range(HELD_BATCHES):
+            noisy, target, timesteps, text = (
+                torch.cat(part).to(device)
+                for part in zip(
+                    *(
+                        (
+                            r.noisy[number],
+                            r.target[number],
+                            r.timesteps[number],
+                            r.text[r.prompts[number]],
+                        )
+                        for r in rows
+                    ),
+                    strict=True,
+                )
+            )
+            output = unet(noisy, timesteps, encoder_hidden_states=text).sample
+            total += (output - target).square().view(len(rows), -1).mean(1)
+        return (total / HELD_BATCHES).tolist()
 
     def run(self, cell: Cell, concepts: Sequence[str], deadline: float) -> dict[str, Scores]:
         """Train and score.
@@ -108,9 +136,12 @@ class Stack:
         # Those that never give up step all trainings in one go; numbers are no others for it.
         parts = [[pair for pairs in runs for pair in pairs]] if method.is_elementwise else runs
         steps, marks = self._budget.steps, self._budget.marks
-        rates = Rates([self._optimizer(method, cell, pairs) for pairs in parts], steps)
+        optimizers = [one for pairs in parts for one in self._optimizers(method, cell, pairs)]
+        name, value = setting_of(cell)
+        rates = Rates(optimizers, steps, value if name == "schedule" else "cosine")
         learn = Learning(bank, [self._subjects.rows(c, cell.seed) for c in concepts], self._graphs)
         found: list[list[Found | None]] = []
+        losses: list[list[float]] = []
         for step in range(1, steps + 1):
             learn(step)
             bank.pull()
@@ -120,13 +151,17 @@ class Stack:
                 bank.check_in_place()
             if step in marks:
                 found.append(self._judge(bank.unet, concepts))
+                losses.append(self._losses(bank.unet, concepts))
                 bank.unet.train()
             if time.time() > deadline and step < steps:
                 raise OutOfTimeError
         del learn, bank
         if components.device.type == "cuda":
             torch.cuda.empty_cache()
-        return {name: _scores([row[k] for row in found]) for k, name in enumerate(concepts)}
+        return {
+            name: _scores([row[k] for row in found], [row[k] for row in losses])
+            for k, name in enumerate(concepts)
+        }
 
     def _pairs(self, method: Method, cell: Cell, concept: str) -> list[LoraPair]:
         """Adapters of one training at their start."""
@@ -137,20 +172,31 @@ class Stack:
             cell.seed,
             cell.rank,
             method.init,
-            alpha * (value if name == "alpha" else 1.0),
+            alpha * (float(value) if name == "alpha" else 1.0),
             int(value) if name == "batches" else LOI_BATCHES,
         )
 
     @staticmethod
-    def _optimizer(method: Method, cell: Cell, pairs: Sequence[LoraPair]) -> Optimizer:
+    def _optimizers(method: Method, cell: Cell, pairs: Sequence[LoraPair]) -> list[Optimizer]:
+        """One for all layers, or one for each where the learning rate is a matter of the layer."""
         name, value = setting_of(cell)
-        return build_optimizer(
-            method.optimizer,
-            pairs,
-            lr=cell.lr,
-            weight_decay=value if name == "decay" else 0.0,
-            momentum=value if name == "momentum" else None,
-        )
+        parts: list[tuple[Sequence[LoraPair], float]] = [(pairs, 1.0)]
+        if name == "match_rms":
+            # Entries of a step are of the size 1 / sqrt(m n / 2 r). The mean over the layers stays the learning rate.
+            sizes = [(len(pair.left) * pair.right.shape[1]) ** 0.5 for pair in pairs]
+            mean = sum(sizes) / len(sizes)
+            parts = [([pair], size / mean) for pair, size in zip(pairs, sizes, strict=True)]
+        return [
+            build_optimizer(
+                method.optimizer,
+                layers,
+                lr=cell.lr * factor,
+                weight_decay=float(value) if name == "decay" else 0.0,
+                momentum=float(value) if name == "momentum" else None,
+                **({"core_map": method.core_map} if method.core_map else {}),
+            )
+            for layers, factor in parts
+        ]
 
 
 class Learning:
@@ -198,10 +244,10 @@ class Learning:
         self._work()
 
 
-def _scores(found: Sequence[Found | None]) -> Scores:
+def _scores(found: Sequence[Found | None], losses: Sequence[float]) -> Scores:
     """Scores of one training as they are kept."""
-    values = [
-        value for one in found for value in ((one.image, one.margin) if one else (None, None))
-    ]
-    values.append(found[-1].text if found[-1] else None)
-    return [None if value is None else as_units(value) for value in values]
+    kept: Scores = []
+    for one, loss in zip(found, losses, strict=True):
+        kept += [as_units(one.image), as_units(one.margin)] if one else [None, None]
+        kept.append(as_units(loss, LOSS_UNIT) if math.isfinite(loss) else None)
+    return [*kept, as_units(found[-1].text) if found[-1] else None]
