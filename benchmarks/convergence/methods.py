@@ -10,7 +10,7 @@ from dreamrie.core_maps import CORE_MAPS
 from dreamrie.init_table import INITS
 from dreamrie.optimizer_table import OPTIMIZERS
 
-# Middle of the grid, in the unit of each optimizer, from runs on the tuning concepts; a best value at the end of its grid
+# Middle of the grid, in the unit of each optimizer, from runs on the tuning concepts; a best value at the end of it
 # is marked in the table, and --centre moves the grid.
 CENTRES = {
     "riemannion": 3.16e-2,

@@ -23,10 +23,11 @@ SWEEPS: dict[str, tuple[float | str, ...]] = {
     "decay": (0.01, 0.1, 1.0),
     "schedule": ("constant", "linear"),
     "match_rms": (1.0,),
+    "guidance": (1.0, 2.0, 7.0),
 }
 """Settings of riemannion that can be varied, without the defaults: start in multiples of the default, LOI batches,
 momentum, decay, schedule, and match_rms: learning rates in proportion to sqrt(m n), so that the entries of a step are
-of one size in all layers."""
+of one size in all layers; and the guidance of the pictures, of any method."""
 PARTS = ("tuning", "test", "curves", "sweeps")
 """Files of the bench: every learning rate on the tuning concepts; the same on the test concepts; the best of the first
 on the test concepts with its curve; single settings varied on the tuning concepts."""

@@ -174,20 +174,35 @@ def _shares(records: Records, cell: Cell, units: Sequence[Unit]) -> tuple[float,
 
 
 def sweep_table(records: Records) -> str:
-    """Gains with one changed setting, on the concepts that they have."""
-    kept: dict[tuple[str, int, float, str], list[float]] = {}
+    """What one changed setting does: means over the trainings with it, and standard errors of the gain."""
+    kept: dict[tuple[str, int, float, str], list[list[float]]] = {}
     for cell, scores in records.cells.items():
-        key = (cell.method, cell.rank, cell.lr, cell.setting or "defaults")
-        kept.setdefault(key, []).extend(
-            gains(one, records.base[name])[-1] for name, one in scores.items()
-        )
-    lines = [f"{'method':<16} rank  lr        {'setting':<16} trainings  gain  standard error"]
+        for name, one in scores.items():
+            image, margin, loss, _ = one[-AT_A_MARK - 1 :]
+            if image is None or margin is None or loss is None:
+                continue
+            base = records.base[name]
+            numbers = [gains(one, base)[-1], image / base[3], margin / base[1], 1 - loss / base[4]]
+            key = (cell.method, cell.rank, cell.lr, cell.setting or "defaults")
+            kept.setdefault(key, []).append(numbers)
+    lines = []
     for (method, rank, lr, setting), values in sorted(kept.items()):
-        error = float(np.std(values) / max(1, len(values) - 1) ** 0.5)
+        mean = np.mean(values, axis=0)
+        error = np.std(values, axis=0)[0] / max(1, len(values) - 1) ** 0.5
         lines.append(
-            f"{method:<16} {rank:4d}  {lr:<8g}  {setting:<16} {len(values):9d}  {np.mean(values):+.3f}  {error:.3f}"
+            [
+                method,
+                str(rank),
+                f"{lr:g}",
+                setting,
+                str(len(values)),
+                f"{mean[0]:+.3f}",
+                f"{error:.3f}",
+            ]
+            + [f"{value:.3f}" for value in mean[1:]]
         )
-    return "\n".join(lines)
+    head = ("method", "rank", "lr", "setting", "trainings", "gain", "its standard error")
+    return _aligned((*head, "likeness", "prompts kept", "loss gone"), lines)
 
 
 def at_rate(records: Records, rates: Mapping[Place, float]) -> Records:

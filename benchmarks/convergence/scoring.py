@@ -132,7 +132,9 @@ class Judge:
         return float(metrics.ceiling(self._real[concept]).mean())
 
     @torch.no_grad()
-    def draw(self, unet: Any, concepts: Sequence[str]) -> list[list[Image.Image] | None]:
+    def draw(
+        self, unet: Any, concepts: Sequence[str], guidance: float = GUIDANCE
+    ) -> list[list[Image.Image] | None]:
         """Pictures of every training of a stack; None where the numbers are not finite."""
         runs, count = len(concepts), self._count
         text = torch.cat(
@@ -152,7 +154,7 @@ class Judge:
                 halves.reshape(-1, *latents.shape[1:]), timestep, encoder_hidden_states=text
             ).sample
             plain, led = output.view(runs, 2, count, *latents.shape[1:]).unbind(1)
-            guided = (plain + GUIDANCE * (led - plain)).flatten(0, 1)
+            guided = (plain + guidance * (led - plain)).flatten(0, 1)
             latents = scheduler.step(guided, timestep, latents).prev_sample
         finite = latents.view(runs, -1).isfinite().all(1).tolist()
         vae = self._parts.vae
@@ -164,12 +166,15 @@ class Judge:
             for run, good in enumerate(finite)
         ]
 
-    def __call__(self, unet: Any, concepts: Sequence[str]) -> list[Found | None]:
+    def __call__(
+        self, unet: Any, concepts: Sequence[str], guidance: float = GUIDANCE
+    ) -> list[Found | None]:
         """Scores of every training of a stack.
 
         Args:
             unet: row k of the stack belongs to the k-th concept.
             concepts: of the trainings.
+            guidance: of the pictures.
 
         Returns:
             Means; None where a picture is blank or not finite.
@@ -177,7 +182,7 @@ class Judge:
         unet.eval()
         drawn = [
             None if pictures is None or any(map(is_blank, pictures)) else pictures
-            for pictures in self.draw(unet, concepts)
+            for pictures in self.draw(unet, concepts, guidance)
         ]
         every = [picture for pictures in drawn for picture in pictures or []]
         if not every:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from benchmarks.convergence.methods import Method, parse_method
 from benchmarks.convergence.plan import Budget, Cell, setting_of
 from benchmarks.convergence.records import LOSS_UNIT, Scores, as_units
-from benchmarks.convergence.scoring import Found, Judge
+from benchmarks.convergence.scoring import GUIDANCE, Found, Judge
 from benchmarks.convergence.stacked import Bank, run_on_graph
 from benchmarks.convergence.subjects import HELD_BATCHES, LOI_BATCHES, Rows, Subjects
 from dreamrie.errors import NumericalError
@@ -139,6 +139,7 @@ class Stack:
         optimizers = [one for pairs in parts for one in self._optimizers(method, cell, pairs)]
         name, value = setting_of(cell)
         rates = Rates(optimizers, steps, value if name == "schedule" else "cosine")
+        guidance = float(value) if name == "guidance" else GUIDANCE
         learn = Learning(bank, [self._subjects.rows(c, cell.seed) for c in concepts], self._graphs)
         found: list[list[Found | None]] = []
         losses: list[list[float]] = []
@@ -150,7 +151,7 @@ class Stack:
             if step == 1:
                 bank.check_in_place()
             if step in marks:
-                found.append(self._judge(bank.unet, concepts))
+                found.append(self._judge(bank.unet, concepts, guidance))
                 losses.append(self._losses(bank.unet, concepts))
                 bank.unet.train()
             if time.time() > deadline and step < steps:
