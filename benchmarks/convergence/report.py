@@ -88,10 +88,16 @@ def table(found: Sequence[Row]) -> str:
     return _aligned(head, lines) + "\n" + notes
 
 
-def grid_table(tuning: Grid, test: Mapping[int, Grid]) -> str:
-    """Every method and rank: its learning rate of the tuning concepts, and what the test concepts say of it."""
+def grid_table(tuning: Grid, by_rank: Mapping[int, Grid], where: str) -> str:
+    """Every method and rank: its learning rate of the tuning concepts, and what these concepts say of it.
+
+    Args:
+        tuning: by method and rank, on the tuning concepts.
+        by_rank: what is shown.
+        where: on which concepts that is.
+    """
     lines = []
-    for rank, methods in test.items():
+    for rank, methods in by_rank.items():
         for place, one in methods.items():
             if place not in tuning:
                 continue
@@ -112,11 +118,11 @@ def grid_table(tuning: Grid, test: Mapping[int, Grid]) -> str:
                 ]
             )
     head = ("rank", "method", "lr of tuning", "gain", "best lr", "its gain", "plateau", "decades")
-    return _aligned((*head, "trainings"), lines)
+    return f"on the {where}:\n" + _aligned((*head, "trainings"), lines) if lines else ""
 
 
-def targets(found: Sequence[Row], by_rank: Mapping[int, Grid]) -> str:
-    """The three promises, for every method but adamw."""
+def targets(found: Sequence[Row]) -> str:
+    """The promises on steps and width, for every method but adamw."""
     lines = []
     for one in found:
         if one.name == RIVAL:
@@ -132,9 +138,18 @@ def targets(found: Sequence[Row], by_rank: Mapping[int, Grid]) -> str:
                 f"  width of the plateau, over adamw's: {_three(one.widths, form)}; target at least "
                 f"{WIDTH_TARGET:g}: {_said(one.widths[0] >= WIDTH_TARGET)}"
             )
-    names = list(dict.fromkeys(name for methods in by_rank.values() for name, _ in methods))
-    lines.append("one learning rate for all ranks:")
-    for name in names:
+    return "\n".join(lines)
+
+
+def transfers(by_rank: Mapping[int, Grid], where: str) -> str:
+    """The promise of one learning rate for all ranks, for every method with several ranks.
+
+    Args:
+        by_rank: every method by rank.
+        where: on which concepts.
+    """
+    lines = []
+    for name in dict.fromkeys(name for methods in by_rank.values() for name, _ in methods):
         own = {r: methods[name, r] for r, methods in by_rank.items() if (name, r) in methods}
         if len(own) < 2:
             continue
@@ -143,7 +158,7 @@ def targets(found: Sequence[Row], by_rank: Mapping[int, Grid]) -> str:
             f"  {name}: lr {best.lr:g} keeps {best.share:.1%} of the best gain at its worst of ranks "
             f"{', '.join(map(str, sorted(own)))}; target at least {EQUAL:.0%}: {_said(best.share >= EQUAL)}"
         )
-    return "\n".join(lines)
+    return "\n".join([f"one learning rate for all ranks, on the {where}:", *lines] if lines else [])
 
 
 def _said(reached: bool) -> str:
@@ -289,14 +304,23 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
             print(f"rank {rank}, after {steps[-1]} steps")
             print(table(rows) + "\n")
             figures.steps(rows, steps, WORDS[measure])
-        print(targets(rows, test) + "\n")
-        print(grid_table(tuning, test) + "\n")
+            print(targets(rows) + "\n")
+        tuned: dict[int, Grid] = {}
+        for place, one in tuning.items():
+            tuned.setdefault(place[1], {})[place] = one
+        for grids, where in (
+            (dict(sorted(tuned.items())), "tuning concepts"),
+            (test, "test concepts"),
+        ):
+            for said in (transfers(grids, where), grid_table(tuning, grids, where)):
+                print(said + "\n" if said else "", end="\n" if said else "")
+        over = test if len(test) > 1 else tuned
+        figures.ranks(
+            {r: {place[0]: one for place, one in found.items()} for r, found in over.items()},
+            WORDS[measure],
+        )
         if rank in test:
             figures.rates({place[0]: one for place, one in test[rank].items()}, WORDS[measure])
-            figures.ranks(
-                {r: {place[0]: one for place, one in found.items()} for r, found in test.items()},
-                WORDS[measure],
-            )
             if measure == "score":
                 chosen = {
                     place[0]: one.lrs.index(tuning[place].lrs[tuning[place].best])
