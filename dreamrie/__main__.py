@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "dreamrie.commands.generate",
     "train-llm": "dreamrie.commands.train_llm",
     "evaluate-llm": "dreamrie.commands.evaluate_llm",
+    "sweep": "dreamrie.commands.sweep",
 }
 """Modules with `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code."""
 

@@ -111,7 +111,7 @@ def test_facts_that_last() -> None:
 def test_every_command_has_its_words(capsys: pytest.CaptureFixture[str]) -> None:
     """Help for each, and 2 for a command line that cannot be read."""
     wanted = ["doctor", "info", "convert", "truncate", "merge", "diff", "verify"]
-    wanted += ["merge-into-base", "card", "push", "generate", "train-llm", "evaluate-llm"]
+    wanted += ["merge-into-base", "card", "push", "generate", "train-llm", "evaluate-llm", "sweep"]
     assert list(command.COMMANDS) == wanted
     for name in wanted:
         with pytest.raises(SystemExit) as ended:

@@ -23,7 +23,8 @@ ROWS = (
     {"riemannion_checks"},
     {"riemannion", "loi"},
     {"lora"},
-    {"optimizers", "adapter_file"},
+    {"optimizers", "adapter_magnitudes"},
+    {"adapter_file"},
     {"adapter_universal", "adapter_peft"},
     {"adapter_spelling", "adapter_flat"},
     {"adapter_container"},
@@ -33,6 +34,7 @@ ROWS = (
     {"adapter_open"},
     {"trainer", "publishing"},
     {"diffusion", "llm"},
+    {"sweeps"},
     {"commands"},
     {"eval"},
     {"app", "benchmarks", "examples", "train_dreambooth", "tools", "__main__"},
@@ -61,6 +63,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "timm": ("eval/encoders",),
     "matplotlib": ("benchmarks/", "examples/", "eval/report"),
     "gradio": ("app/",),
+    "distributed": ("dreamrie/sweeps/engine",),
+    "dask": ("dreamrie/sweeps/engine",),
 }
 FREE = ("examples/", "benchmarks/", "tools/")
 """Scripts that show or measure how other libraries meet ours; only the library keeps homes."""
