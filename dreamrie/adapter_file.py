@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dreamrie.adapter_magnitudes import Magnitudes, magnitudes_of, named_magnitudes
 from dreamrie.errors import AdapterError, ConfigError, NumericalError
 from dreamrie.files import write_atomic
 from dreamrie.lora import LoraPair, LowRank, balance, export_factors
@@ -71,7 +72,7 @@ def save_diffusers_lora(
     There is no alpha in it: readers then take alpha = rank, that is scaling 1. All layers get one rank (zero columns
     are added, which changes nothing), because readers disagree about files with several.
 
-    The file appears whole or not at all.
+    It appears whole or not at all.
 
     Args:
         directory: made if missing.
@@ -98,6 +99,7 @@ def save_diffusers(
     facts: Mapping[str, str],
     *,
     dtype: torch.dtype = torch.float32,
+    magnitudes: Magnitudes | None = None,
 ) -> Path:
     """Write changes that were read from another file as diffusers' `load_lora_weights` reads them.
 
@@ -109,7 +111,8 @@ def save_diffusers(
             `pytorch_lora_weights.safetensors`; made if missing.
         changes: path of each layer in the U-Net to its change, scaling 1.
         facts: as `dreamrie.adapter_reading.read_adapter` or `read_metadata` return them; text to text.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16 or bfloat16; of the factors.
+        magnitudes: of DoRA, by layer.
 
     Returns:
         Path of the file.
@@ -118,13 +121,13 @@ def save_diffusers(
         AdapterError: nothing to save, a value is not finite or overflows `dtype`, or the file cannot be written. What
             lay there before is untouched.
     """
-    path = path_or_folder
-    if path.suffix != SUFFIX:
-        path = path / DIFFUSERS_FILE
+    is_file = path_or_folder.suffix == SUFFIX
+    path = path_or_folder if is_file else path_or_folder / DIFFUSERS_FILE
     balanced = balanced_changes(changes)
     kept = dict(changes) if dtype == torch.float32 else balanced
     tensors = _named_for_diffusers(one_rank(kept), dtype)
-    return _write_diffusers(path, tensors, carried(facts))
+    whole = tensors | named_magnitudes(magnitudes, kept, _place)
+    return _write_diffusers(path, whole, carried(facts))
 
 
 def diffusers_tensors(pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
@@ -134,7 +137,7 @@ def diffusers_tensors(pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
         pairs: adapted layers, with names relative to the U-Net.
 
     Returns:
-        "unet.NAME.lora_A.weight" (k, in) and "unet.NAME.lora_B.weight" (out, k), sorted by name.
+        "unet.NAME.lora_A.weight" (k, in), ".lora_B.weight" (out, k), for DoRA ".lora_magnitude_vector" (out,).
 
     Raises:
         AdapterError: there is no layer, a value is not finite, or the whole change is zero.
@@ -153,7 +156,7 @@ def diffusers_tensors(pairs: Sequence[LoraPair]) -> dict[str, Tensor]:
         for pair in pairs
     }
     _refuse_dust(factors, sizes)
-    return tensors
+    return tensors | named_magnitudes(magnitudes_of(pairs), factors, _place)
 
 
 def balanced_changes(changes: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -311,10 +314,14 @@ def _write_diffusers(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[s
     return path
 
 
+def _place(layer: str) -> str:
+    return canonical(layer) if layer.startswith(TEXT_ENCODER) else f"unet.{layer}"
+
+
 def _named_for_diffusers(changes: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for name, change in changes.items():
-        place = canonical(name) if name.startswith(TEXT_ENCODER) else f"unet.{name}"
+        place = _place(name)
         for part, tensor in (("A", change.right), ("B", change.left)):
             key = f"{place}.lora_{part}.weight"
             if key in tensors:

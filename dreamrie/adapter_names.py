@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -28,10 +28,12 @@ class Places:
     Attributes:
         factors: layer to the names of (`lora_B`, `lora_A`).
         alphas: layer to the name of its alpha, for those that have one.
+        magnitudes: layer to the name of its magnitude; of all layers for DoRA, else of none.
     """
 
     factors: dict[str, tuple[str, str]]
     alphas: dict[str, str]
+    magnitudes: dict[str, str] = field(default_factory=dict)
 
 
 def arrange(
@@ -79,10 +81,10 @@ def grouped(container: Container, places: Mapping[str, tuple[str, str]]) -> Plac
         places: name of each tensor to its layer and part.
 
     Returns:
-        Both factors for each layer, and the alphas.
+        Both factors for each layer, the alphas and the magnitudes.
 
     Raises:
-        AdapterError: a place has two tensors, or a factor lacks the other.
+        AdapterError: a place has two tensors, a factor lacks the other, or only some layers have a magnitude.
     """
     path, total = container.path, len(container.entries)
     parts: dict[str, dict[str, str]] = {}
@@ -104,9 +106,17 @@ def grouped(container: Container, places: Mapping[str, tuple[str, str]]) -> Plac
             f"the adapter {path} is incomplete: {len(missing)} tensors are missing beside the {total} that are there: "
             f"{', '.join(missing[:4])}{more}. Every layer needs lora_A and lora_B; copy the file again."
         )
+    bare = [layer for layer, found in sorted(parts.items()) if "magnitude" not in found]
+    if 0 < len(bare) < len(parts):
+        raise AdapterError(
+            f"the adapter {path} is incomplete: it is DoRA, and {len(bare)} of {len(parts)} layers have no magnitude, "
+            f"such as {bare[0]}. Copy the file again."
+        )
+    ordered = sorted(parts.items())
     return Places(
-        {layer: (found["up"], found["down"]) for layer, found in sorted(parts.items())},
-        {layer: found["alpha"] for layer, found in sorted(parts.items()) if "alpha" in found},
+        {layer: (found["up"], found["down"]) for layer, found in ordered},
+        {layer: found["alpha"] for layer, found in ordered if "alpha" in found},
+        {layer: found["magnitude"] for layer, found in ordered if "magnitude" in found},
     )
 
 

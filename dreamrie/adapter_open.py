@@ -17,8 +17,10 @@ values that are not finite.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from dreamrie.adapter_container import (
     Container,
@@ -29,6 +31,7 @@ from dreamrie.adapter_container import (
 )
 from dreamrie.adapter_file import BASE_KEY, LAYERS_KEY, TEXT_ENCODER
 from dreamrie.adapter_flat import layer_of_flat
+from dreamrie.adapter_magnitudes import MAGNITUDE, check_shape, refuse_dora
 from dreamrie.adapter_names import Places, grouped
 from dreamrie.adapter_peft import PEFT_PREFIX
 from dreamrie.adapter_scaling import foreign_scalings
@@ -43,7 +46,6 @@ NO_MODEL = "whether its layers fit the base model (no model was loaded)"
 _KINDS = {
     "lora_mid": "LoCon with a Tucker core",
     "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
     "hada_w": "LoHa",
     "hada_t": "LoHa",
     "lokr_": "LoKr",
@@ -70,6 +72,7 @@ class OpenAdapter:
         unchecked: what the file gave no means to check, in words.
         has_digest: the contents are those that dreamrie wrote.
         dtypes: types of the factors in the file.
+        magnitudes: of DoRA, (out,) by layer; empty for a plain LoRA. The changes are then products of factors alone.
     """
 
     path: Path
@@ -79,6 +82,7 @@ class OpenAdapter:
     unchecked: tuple[str, ...]
     has_digest: bool
     dtypes: tuple[str, ...]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank_stored(self) -> int:
@@ -86,11 +90,12 @@ class OpenAdapter:
         return max(int(change.right.shape[0]) for change in self.changes.values())
 
 
-def open_adapter(path: Path | str) -> OpenAdapter:
+def open_adapter(path: Path | str, *, use_dora: bool = False) -> OpenAdapter:
     """Read an adapter file.
 
     Args:
         path: the file; the folder of a training run; or PEFT's folder with `adapter_config.json`.
+        use_dora: read a DoRA adapter too; the caller must not forget its magnitudes.
 
     Returns:
         The change of every layer, and what is known about it.
@@ -99,7 +104,7 @@ def open_adapter(path: Path | str) -> OpenAdapter:
         AdapterError: the file is missing, damaged, changed, incomplete, not finite, or no plain LoRA.
     """
     container = open_container(path)
-    _refuse_other_kinds(container)
+    _refuse_other_kinds(container, use_dora=use_dora)
     has_digest = check_format(container)
     places = _arranged(container)
     if has_digest:
@@ -126,6 +131,7 @@ def open_adapter(path: Path | str) -> OpenAdapter:
         unchecked=_unchecked(container.facts, has_digest, unknown),
         has_digest=has_digest,
         dtypes=_dtypes(container, places),
+        magnitudes={layer: tensors[name] for layer, name in places.magnitudes.items()},
     )
 
 
@@ -205,9 +211,11 @@ def _resolved(container: Container, name: str, stem: str) -> str:
     return layer
 
 
-def _refuse_other_kinds(container: Container) -> None:
+def _refuse_other_kinds(container: Container, *, use_dora: bool) -> None:
     """Other adapters have another formula: read as LoRA they would be wrong, not merely unread."""
     for name in sorted(container.entries):
+        if not use_dora and MAGNITUDE in name:
+            refuse_dora(container.path, name, "what was asked for needs one")
         kind = next((kind for part, kind in _KINDS.items() if part in name), None)
         kind = kind or _TAILS.get(name.rsplit(".", 1)[-1])
         if kind is not None:
@@ -244,3 +252,6 @@ def _check_shapes(container: Container, places: Places) -> None:
                 f"{down} has shape {right}. Needed are (out, r) and (r, in), or (out, r, 1, 1) and (r, in, kh, kw). "
                 "Copy the file again."
             )
+    for layer, name in places.magnitudes.items():
+        left = container.entries[places.factors[layer][0]].shape
+        check_shape(container.path, name, container.entries[name].shape, left)

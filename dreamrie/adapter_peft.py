@@ -26,6 +26,7 @@ from dreamrie.adapter_file import (
     stable_bytes,
     write_file,
 )
+from dreamrie.adapter_magnitudes import Magnitudes, named_magnitudes
 from dreamrie.errors import AdapterError
 from dreamrie.lora import LowRank
 
@@ -42,6 +43,7 @@ def save_peft(
     facts: Mapping[str, str],
     *,
     dtype: torch.dtype = torch.float32,
+    magnitudes: Magnitudes | None = None,
 ) -> Path:
     """Write changes as a folder that PEFT's `from_pretrained` and `load_adapter` read.
 
@@ -52,7 +54,8 @@ def save_peft(
         folder: made if missing; other files in it are left alone.
         changes: path of each layer in the model to its change, scaling 1.
         facts: as `dreamrie.adapter_reading.read_adapter` or `read_metadata` return them; text to text.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16 or bfloat16; of the factors.
+        magnitudes: of DoRA, by layer.
 
     Returns:
         Path of the folder.
@@ -73,8 +76,9 @@ def save_peft(
         for part, tensor in (("A", change.right), ("B", change.left)):
             key = f"{PEFT_PREFIX}{name}.lora_{part}.weight"
             tensors[key] = rounded(key, tensor, dtype)
+    tensors |= named_magnitudes(magnitudes, even, PEFT_PREFIX.__add__)
     rank = max(int(change.left.shape[1]) for change in even.values())
-    settings = peft_settings(even, rank, facts)
+    settings = peft_settings(even, rank, facts) | {"use_dora": bool(magnitudes)}
     known = {**carried(facts), "rank_exported": str(rank), SETTINGS_KEY: PEFT_SETTINGS}
     header = sealed(tensors, {**known, PEFT_SETTINGS: settled(settings)}, even)
     del header[PEFT_SETTINGS]  # it lies beside the file

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from dreamrie.adapter_container import (
     Container,
@@ -33,6 +33,7 @@ from dreamrie.adapter_container import (
     open_container,
 )
 from dreamrie.adapter_file import BASE_KEY, TEXT_ENCODER
+from dreamrie.adapter_magnitudes import check_shape, refuse_dora
 from dreamrie.adapter_names import arrange
 from dreamrie.adapter_scaling import foreign_scalings
 from dreamrie.errors import AdapterError, ConfigError
@@ -73,6 +74,8 @@ class AdapterContents:
         unchecked: what the file gave no means to check, in words; empty for a file of dreamrie that names its base.
         text_changes: the same for the text encoder, by paths in it.
         text_scalings: what each of these counts.
+        magnitudes: of DoRA, path of each layer in the model to (out,); empty for a plain LoRA.
+        text_magnitudes: those of the text encoder.
     """
 
     path: Path
@@ -82,6 +85,8 @@ class AdapterContents:
     unchecked: tuple[str, ...]
     text_changes: dict[str, LowRank] = field(default_factory=dict)
     text_scalings: dict[str, float] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    text_magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,13 @@ def load_adapter(
     """
     if not adapter_name or "." in adapter_name:
         raise ConfigError(f"adapter_name must be a word without dots, got {adapter_name!r}.")
-    contents = read_adapter(model, path, other_base=other_base, text_encoder=text_encoder)
-    placings = [Placing(model, contents.changes, contents.scalings)]
+    contents = read_adapter(
+        model, path, other_base=other_base, text_encoder=text_encoder, use_dora=True
+    )
+    placings = [Placing(model, contents.changes, contents.scalings, contents.magnitudes)]
     if text_encoder is not None:
-        placings.append(Placing(text_encoder, contents.text_changes, contents.text_scalings))
+        text = contents.text_changes, contents.text_scalings, contents.text_magnitudes
+        placings.append(Placing(text_encoder, *text))
     try:
         pairs, *others = place_together(placings, adapter_name)
     except _PLACE_ERRORS as error:
@@ -156,6 +164,7 @@ def read_adapter(
     *,
     other_base: bool = False,
     text_encoder: nn.Module | None = None,
+    use_dora: bool = False,
 ) -> AdapterContents:
     """Read a file and check it against a model, which is not touched.
 
@@ -164,6 +173,7 @@ def read_adapter(
         path: see `load_adapter`.
         other_base: see `load_adapter`.
         text_encoder: see `load_adapter`; not touched either.
+        use_dora: read a DoRA adapter too; the caller must not forget its magnitudes.
 
     Returns:
         Factors that fit the model.
@@ -178,11 +188,17 @@ def read_adapter(
         _check_free(part, container.path)
     has_digest = check_format(container)
     places = arrange(container, model, text_encoder)
+    if places.magnitudes and not use_dora:
+        name = next(iter(places.magnitudes.values()))
+        refuse_dora(container.path, name, "what reads it here takes low-rank changes only")
     if has_digest:
         check_layers(container, places.factors)
     factors = {prefix: _of_part(places.factors, prefix, models) for prefix in models}
     for prefix, part in models.items():
         _check_shapes(container, part, factors[prefix])
+    for layer, name in places.magnitudes.items():
+        left = container.entries[places.factors[layer][0]].shape
+        check_shape(container.path, name, container.entries[name].shape, left)
     # The values come last: only now is it known that they belong to tensors of the right shapes.
     tensors = container.tensors()
     if has_digest:
@@ -193,6 +209,13 @@ def read_adapter(
     }
     for prefix, part in models.items():
         _check_finite(container.path, part, changes[prefix], factors[prefix])
+    magnitudes = {layer: tensors[name] for layer, name in places.magnitudes.items()}
+    for layer, magnitude in magnitudes.items():
+        if not bool(magnitude.isfinite().all()):
+            raise AdapterError(
+                f"the adapter {container.path} holds values that are not finite (NaN or infinity): "
+                f"{places.magnitudes[layer]}. It draws nothing but black; train again."
+            )
     scalings, unknown = foreign_scalings(container, places, tensors)
     unchecked = _check_base(model, container, other_base)
     if changes.get(TEXT_ENCODER):
@@ -213,6 +236,10 @@ def read_adapter(
         unchecked=unchecked,
         text_changes=changes.get(TEXT_ENCODER, {}),
         text_scalings=_of_part(scalings, TEXT_ENCODER, models) if TEXT_ENCODER in models else {},
+        magnitudes=_of_part(magnitudes, "", models),
+        text_magnitudes=_of_part(magnitudes, TEXT_ENCODER, models)
+        if TEXT_ENCODER in models
+        else {},
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dreamrie.adapter_container import Container
 from dreamrie.adapter_file import TEXT_ENCODER
+from dreamrie.adapter_magnitudes import MAGNITUDE
 from dreamrie.adapter_names import Places
 from dreamrie.adapter_peft import PEFT_SETTINGS
 from dreamrie.adapter_spelling import PREFIXES, TEXT_PREFIXES, parted
@@ -148,7 +149,15 @@ def _stated(container: Container, place: str) -> dict[str, StatedStrength]:
 
 def _strength(container: Container, place: str, settings: Mapping[str, Any]) -> StatedStrength:
     path, where = container.path, _where(place)
-    asked = _more_than_plain(settings)
+    is_dora = any(name.endswith(MAGNITUDE) for name in container.entries)
+    if is_dora and settings.get("use_dora") is not True:
+        raise AdapterError(
+            f"the adapter {path} holds magnitudes of DoRA, and use_dora {where} is {settings.get('use_dora')!r}: PEFT "
+            "would leave them out. Copy the file and its settings again."
+        )
+    asked = _more_than_plain(
+        {key: v for key, v in settings.items() if key != "use_dora" or not is_dora}
+    )
     if asked:
         raise AdapterError(
             f"the adapter {path} asks for {asked} {where}, which is more than a plain LoRA. Load it with "

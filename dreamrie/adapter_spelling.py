@@ -1,7 +1,7 @@
 """How programs spell the tensors of a LoRA: a stem, which stands for a layer, and a part of that layer's LoRA.
 
 unet.LAYER.lora_A.weight, .lora_B.weight                  diffusers and dreamrie
-base_model.model.LAYER.lora_A.weight, .lora_B.weight      PEFT
+base_model.model.LAYER.lora_A.weight, .lora_B.weight      PEFT; these two also .lora_magnitude_vector, for DoRA
 unet.LAYER.lora.down.weight, .lora.up.weight              older diffusers
 unet.LAYER.lora_linear_layer.down.weight, .up.weight      still older diffusers
 unet.PLACE.processor.to_q_lora.down.weight, .up.weight    oldest diffusers; text encoder: PLACE.to_q_lora. ...
@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from dreamrie.adapter_file import TEXT_ENCODER, canonical
+from dreamrie.adapter_magnitudes import MAGNITUDE
 from dreamrie.adapter_peft import PEFT_PREFIX
 from dreamrie.adapter_universal import TEXT_PREFIX, kohya_name
 
@@ -36,6 +37,7 @@ _ENDINGS = {
     ".lora.up.weight": "up",
     ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
+    MAGNITUDE: "magnitude",
 }
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
 _CLIP_PROCESSOR = re.compile(r"\.self_attn\.to_([qkv]|out)_lora\.(down|up)\.weight$")
@@ -52,8 +54,8 @@ def parted(name: str) -> tuple[str, str] | None:
         name: of a tensor.
 
     Returns:
-        The stem in the spelling of the file, and "down" (`lora_A`), "up" (`lora_B`) or "alpha"; None for a name that
-        is no part of a LoRA.
+        The stem in the spelling of the file, and "down" (`lora_A`), "up" (`lora_B`), "alpha" or "magnitude"; None for a
+        name that is no part of a LoRA.
     """
     old = _PROCESSOR.search(name)
     if old:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 Anchor = Literal["frozen", "trained", "refused"]
 
 SPECTRAL = "spectral norm of a step of X"
+PRODUCT = "it moves the product of the factors, and with magnitudes the change of a layer is no longer that product"
 FACTOR = "size of the entries of a step of each factor"
 GRADIENT = "multiple of the gradient"
 
@@ -49,6 +50,7 @@ class Entry:
         needs_rank: cannot start where the product of the factors has a rank below r.
         bounded_step: a step has about spectral norm lr, so that a start must not be small beside it.
         trained_factors: how many of the two factors are trained.
+        no_dora: why it cannot train DoRA's magnitudes too, to follow "because"; "": it can.
         options: the optimizer's own switches with their defaults.
     """
 
@@ -65,6 +67,7 @@ class Entry:
     needs_rank: bool = False
     bounded_step: bool = False
     trained_factors: int = 2
+    no_dora: str = "it was not made for them"
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -77,6 +80,7 @@ OPTIMIZERS: dict[str, Entry] = {
         1e-3,
         "2 (m + n) r + r",
         gauge_invariant=True,
+        no_dora=PRODUCT,
         anchor="frozen",
         momentum=0.9,
         max_grad_norm=0.0,
@@ -92,6 +96,7 @@ OPTIMIZERS: dict[str, Entry] = {
         0.1,
         "2 (m + n) r + r",
         gauge_invariant=True,
+        no_dora=PRODUCT,
         anchor="frozen",
         momentum=0.9,
         needs_rank=True,
@@ -104,6 +109,7 @@ OPTIMIZERS: dict[str, Entry] = {
         2e-3,
         "2 (m + n) r + r + 3",
         gauge_invariant=True,
+        no_dora=PRODUCT,
         anchor="frozen",
         momentum=0.9,
         max_grad_norm=0.0,
@@ -119,6 +125,7 @@ OPTIMIZERS: dict[str, Entry] = {
         1e-3,
         "(m + n) r",
         gauge_invariant=True,
+        no_dora=PRODUCT,
         anchor="frozen",
         momentum=0.95,
         max_grad_norm=0.0,
@@ -133,6 +140,7 @@ OPTIMIZERS: dict[str, Entry] = {
         1e-3,
         "(m + n) r",
         gauge_invariant=True,
+        no_dora=PRODUCT,
         anchor="frozen",
         momentum=0.95,
         max_grad_norm=0.0,
@@ -147,6 +155,7 @@ OPTIMIZERS: dict[str, Entry] = {
         1e-3,
         "2 (m + n) r + 2 r r + 2",
         gauge_invariant=True,
+        no_dora=PRODUCT,
         anchor="frozen",
         momentum=0.9,
         max_grad_norm=0.0,
@@ -159,6 +168,7 @@ OPTIMIZERS: dict[str, Entry] = {
         FACTOR,
         1e-4,
         "2 (m + n) r + 2",
+        no_dora="",
     ),
     "sgd": Entry(
         "dreamrie.optimizers.libraries:sgd",
@@ -168,6 +178,7 @@ OPTIMIZERS: dict[str, Entry] = {
         0.1,
         "(m + n) r",
         momentum=0.9,
+        no_dora="",
     ),
     "muon": Entry(
         "dreamrie.optimizers.libraries:muon",
@@ -178,6 +189,7 @@ OPTIMIZERS: dict[str, Entry] = {
         "(m + n) r",
         momentum=0.95,
         max_grad_norm=0.0,
+        no_dora="torch's Muon takes matrices only, and a magnitude is a vector",
     ),
     "loraplus": Entry(
         "dreamrie.optimizers.libraries:loraplus",
@@ -186,6 +198,7 @@ OPTIMIZERS: dict[str, Entry] = {
         FACTOR + "; lora_B 16 times that",
         1e-4,
         "2 (m + n) r + 2",
+        no_dora="",
     ),
     "lorafa": Entry(
         "dreamrie.optimizers.libraries:lorafa",
@@ -196,6 +209,7 @@ OPTIMIZERS: dict[str, Entry] = {
         "2 m r + 1",
         anchor="refused",
         trained_factors=1,
+        no_dora="its projected gradient is that of the plain product, and PEFT's implementation knows no third part",
     ),
     "rprec_adamw": Entry(
         "dreamrie.optimizers.libraries:rprec_adamw",
@@ -204,5 +218,6 @@ OPTIMIZERS: dict[str, Entry] = {
         FACTOR,
         1e-4,
         "2 (m + n) r + 2",
+        no_dora="",
     ),
 }

@@ -30,6 +30,7 @@ class SmallTask:
         dtype: of everything.
         seed: of the data; the model and the adapters are always the same.
         spoil: changes the loss of a step, to make it bad: (step, loss) -> loss.
+        use_dora: train magnitudes too.
     """
 
     name = "small"
@@ -44,6 +45,7 @@ class SmallTask:
         seed: int = 0,
         spoil: Callable[[int, Tensor], Tensor] = lambda step, loss: loss,
         dropout: float = 0.0,
+        use_dora: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(5)
         self.model: nn.Module = nn.Sequential(
@@ -58,7 +60,7 @@ class SmallTask:
                 parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float64) / 3)
         self.teacher = torch.randn(SIZES[0], SIZES[2], generator=generator, dtype=dtype)
         self.pairs: list[LoraPair] = attach_lora(
-            self.model, RANK, ["0", "3"], init=init, generator=generator
+            self.model, RANK, ["0", "3"], init=init, generator=generator, use_dora=use_dora
         )
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -98,7 +100,7 @@ class SmallTask:
         return [pair.delta() for pair in self.pairs]
 
     def factors(self) -> list[Tensor]:
-        return [p.detach().clone() for pair in self.pairs for p in (pair.left, pair.right)]
+        return [p.detach().clone() for pair in self.pairs for p in pair.parameters]
 
 
 @dataclass

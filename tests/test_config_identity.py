@@ -30,6 +30,7 @@ LOOK = (
     ["--validation_prompt", "a cat"],
     ["--score_steps", "100"],
     ["--checkpointing_steps", "7"],
+    ["--torch_compile"],
     ["--dry_run"],
 )
 
@@ -44,6 +45,12 @@ def law_the_hash_is_of_what_decides(impl: Any) -> None:
     plain = hash_of(impl, [])
     assert len({plain, *(hash_of(impl, words) for words in DECIDE)}) == len(DECIDE) + 1
     assert {hash_of(impl, words) for words in LOOK} == {plain}
+    # A switch that came later is, when it is off, what was before it.
+    words = ["--optimizer", "adamw"]
+    groups: dict[str, Any] = dict(parse_config([*NEEDED, *words]))
+    groups["adapter"] = [entry for entry in groups["adapter"] if entry[0] != "use_dora"]
+    assert impl.settings_hash(groups) == hash_of(impl, words)
+    assert hash_of(impl, [*words, "--use_dora"]) != hash_of(impl, words)
     # A default that is given is the default.
     assert hash_of(impl, ["--rank", "4", "--learning_rate", "1e-3"]) == plain
 
@@ -59,6 +66,7 @@ def test_the_hash_is_of_what_decides() -> None:
         (["--loi_batches", "7", "--start_scale", "-0.5"], "loi, mean_gradient of 7 batches, singular values -0.5"),
         (["--optimizer", "adamw"], "default"),
         (["--init", "pissa"], "pissa"),
+        (["--optimizer", "adamw", "--use_dora"], "default, DoRA"),
     ],
 )  # fmt: skip
 def test_the_kind_of_start_in_words(words: list[str], start: str) -> None:

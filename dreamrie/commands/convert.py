@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> int:
         0. What cannot be read or written is an error.
     """
     files.check_output(options)
-    adapter = files.opened(options.file)
-    path = files.save(options, adapter.changes, adapter.facts)
+    adapter = files.opened(options.file, use_dora=True)
+    path = files.save(options, adapter.changes, adapter.facts, adapter.magnitudes)
     size = files.size_text(files.bytes_of(path))
     sys.stdout.write(f"wrote {path} for {options.to}, {options.dtype}, {size}\n")
     return 0

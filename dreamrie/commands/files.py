@@ -16,6 +16,7 @@ from dreamrie.adapter_file import (
     carried,
     save_diffusers,
 )
+from dreamrie.adapter_magnitudes import Magnitudes, refuse_universal
 from dreamrie.adapter_open import NO_MODEL, OpenAdapter, open_adapter
 from dreamrie.adapter_peft import PEFT_FILE, PEFT_SETTINGS, save_peft
 from dreamrie.adapter_universal import save_universal
@@ -89,16 +90,17 @@ def check_output(options: argparse.Namespace) -> None:
         )
 
 
-def opened(path: Path) -> OpenAdapter:
+def opened(path: Path, *, use_dora: bool = False) -> OpenAdapter:
     """Open a file and log what could not be checked, but for what a model would tell.
 
     Args:
         path: see `open_adapter`.
+        use_dora: see `open_adapter`.
 
     Returns:
         What the file holds. Errors are those of `open_adapter`.
     """
-    adapter = open_adapter(path)
+    adapter = open_adapter(path, use_dora=use_dora)
     unknown = [text for text in adapter.unchecked if text != NO_MODEL]
     if unknown:
         _log.warning("%s: could not be checked: %s", adapter.path, "; ".join(unknown))
@@ -131,7 +133,10 @@ def lasting_facts(
 
 
 def save(
-    options: argparse.Namespace, changes: Mapping[str, LowRank], facts: Mapping[str, str]
+    options: argparse.Namespace,
+    changes: Mapping[str, LowRank],
+    facts: Mapping[str, str],
+    magnitudes: Magnitudes | None = None,
 ) -> Path:
     """Write an adapter as the flags say, whole or not at all.
 
@@ -139,13 +144,17 @@ def save(
         options: with the flags of `add_output`.
         changes: path of each layer to its change, scaling 1.
         facts: for the header.
+        magnitudes: of DoRA, by layer.
 
     Returns:
         Path of the file, or PEFT's folder. Errors are those of the writers.
     """
-    writer = {"diffusers": save_diffusers, "universal": save_universal, "peft": save_peft}
-    found: Path = writer[options.to](options.output, changes, facts, dtype=DTYPES[options.dtype])
-    return found
+    dtype = DTYPES[options.dtype]
+    if options.to == "universal":
+        refuse_universal(magnitudes)
+        return save_universal(options.output, changes, facts, dtype=dtype)
+    writer = save_peft if options.to == "peft" else save_diffusers
+    return writer(options.output, changes, facts, dtype=dtype, magnitudes=magnitudes)
 
 
 def bytes_of(path: Path) -> int:

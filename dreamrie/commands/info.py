@@ -31,6 +31,7 @@ from dreamrie.lora.comparing import decompose, effective_rank, rank_for_energy
 
 HELP = "say what an adapter file is, without its model"
 _TOP = 8
+_DORA = "DoRA: a magnitude for each row of every layer; the numbers below are of the product alone"
 _SHARE = 0.95
 
 # Only what is sure: that program reads these names, for bases that it knows.
@@ -40,6 +41,12 @@ _LOADERS = {
     "kohya": "diffusers, dreamrie; ComfyUI, A1111 and Forge if the base is one of SD1 or SD2",
     "PEFT": "PEFT, with adapter_config.json beside it; dreamrie; for others: convert",
     "plain": "dreamrie; for others: convert",
+}
+# Magnitudes have no universal file; see dreamrie.adapter_magnitudes.
+_LOADERS_OF_DORA = {
+    "diffusers": "diffusers, dreamrie; for other programs: merge-into-base",
+    "PEFT": "PEFT, with adapter_config.json beside it; dreamrie; for diffusers: convert --to diffusers",
+    **dict.fromkeys(("older diffusers", "kohya", "plain"), "dreamrie; for others: convert"),
 }
 _SPELLINGS = {
     "diffusers": "unet.LAYER.lora_A.weight",
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         0. A file that cannot be read is an error.
     """
     check_json(options.json)
-    adapter = open_adapter(options.file)
+    adapter = open_adapter(options.file, use_dora=True)
     record = describe(adapter)
     sys.stdout.write("\n".join([*report(record), ""]))
     write_json(options.json, record)
@@ -116,7 +123,8 @@ def describe(adapter: OpenAdapter) -> dict[str, Any]:
         "steps": facts.get("steps"),
         "start": facts.get("init"),
         "config_hash": facts.get("config_hash"),
-        "loaded_by": _LOADERS[adapter.style],
+        "kind": "DoRA" if adapter.magnitudes else "LoRA",
+        "loaded_by": (_LOADERS_OF_DORA if adapter.magnitudes else _LOADERS)[adapter.style],
         "rank_stored": adapter.rank_stored,
         "rank_trained": facts.get("rank_trained"),
         "norm": math.sqrt(total),
@@ -187,6 +195,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     size = files.size_text(record["bytes"])
     types = ", ".join(record["types"])
     rows = [
+        *([("kind", _DORA)] if record["kind"] == "DoRA" else []),
         ("format", f"{record['format']} ({_SPELLINGS[record['format']]}), {types}, {size}"),
         ("loaded by", record["loaded_by"]),
         ("digest", digest),

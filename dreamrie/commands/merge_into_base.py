@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> int:
         0. What cannot be read, asked for or written is an error.
     """
     check_merge(options.output, options.scale)
-    files.opened(options.file)  # a file that is damaged anyway need not wait for a model
+    files.opened(
+        options.file, use_dora=True
+    )  # a file that is damaged anyway need not wait for a model
     merged = merge_into_base(
         load_base(options.base),
         options.file,

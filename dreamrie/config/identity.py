@@ -10,10 +10,16 @@ from pydantic import BaseModel
 
 # Groups that the steps depend on; pictures and scores on the way change no step.
 _GROUPS = ("model", "data", "prior", "adapter", "optimizer", "schedule")
-# Where things lie on one machine; and the side in pixels, which may wait for the model and is a fact of its own.
+# Where things lie on one machine, and how it computes; and the side in pixels, which may wait for the model and is a
+# fact of its own.
 _LEFT_OUT = frozenset(
-    {"instance_data_dir", "class_data_dir", "data", "orthogonal_to", "resolution"}
+    {
+        *("instance_data_dir", "class_data_dir", "data", "orthogonal_to", "resolution"),
+        "torch_compile",
+    }
 )
+# Switches that were added later: off, they are what trainings had before there were any, and so are their hashes.
+_LATER = frozenset({"use_dora"})
 
 
 def settings_hash(groups: Mapping[str, BaseModel]) -> str:
@@ -30,7 +36,7 @@ def settings_hash(groups: Mapping[str, BaseModel]) -> str:
         for group in _GROUPS
         if group in groups  # a language model has no class pictures
         for name, value in groups[group]
-        if name not in _LEFT_OUT and value is not None
+        if name not in _LEFT_OUT and value is not None and not (name in _LATER and not value)
     }
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

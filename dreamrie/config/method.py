@@ -77,12 +77,29 @@ def check_method(adapter: StartSettings, optimizer: OptimizerSettings) -> None:
             f"use_rslora does nothing with {name}, whose steps are those of the product, however it is scaled; leave "
             "it out, or use --optimizer adamw"
         )
+    if adapter.use_dora:
+        _check_dora(name, init)
     for option in ("core_map", "bias_correction"):
         owners = [key for key, other in OPTIMIZERS.items() if option in other.options]
         if getattr(optimizer, option) is not None and name not in owners:
             raise ValueError(
                 f"{option} is not a setting of {name}; leave it out, or use --optimizer {owners[0]}"
             )
+
+
+def _check_dora(optimizer: str, init: str) -> None:
+    """Refuse DoRA where its magnitudes cannot be trained, or would not start at the base."""
+    able = [key for key, other in OPTIMIZERS.items() if not other.no_dora]
+    if optimizer not in able:
+        raise ValueError(
+            f"use_dora does not go with {optimizer}, because {OPTIMIZERS[optimizer].no_dora}; leave it out, or use "
+            f"--optimizer {able[0]} ({', '.join(able[1:])})"
+        )
+    if INITS[init].anchored:
+        raise ValueError(
+            f"use_dora takes starts whose product is zero, and init {init!r} is a point with a frozen copy; use --init "
+            "default (gaussian, orthogonal), or leave use_dora out"
+        )
 
 
 def check_warmup(schedule: ScheduleSettings) -> None:
@@ -203,4 +220,4 @@ def start_facts(adapter: StartSettings) -> str:
         start += f", singular values {adapter.start_scale:g}" if adapter.start_scale else ""
     elif INITS[start].needs == "batches":
         start += f" of {adapter.loi_batches} batches"
-    return start
+    return f"{start}, DoRA" if adapter.use_dora else start

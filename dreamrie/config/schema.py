@@ -86,6 +86,11 @@ class ModelSettings(Group):
         "fp32",
         description="precision in which the U-Net and the text encoder are kept in memory; the adapter stays fp32",
     )
+    torch_compile: bool = Field(
+        False,
+        description="run the U-Net through torch.compile while training; what compiling takes and what it gains is "
+        "measured and said before the first step",
+    )
 
 
 class DataSettings(Group):
@@ -163,6 +168,11 @@ class StartSettings(Group):
         description="count the product of the factors sqrt(rank) times, as PEFT does with alpha = rank; for "
         "optimizers that move the factors",
     )
+    use_dora: bool = Field(
+        False,
+        description="DoRA: train the norms of the rows of each weight too, as PEFT does; for adamw, sgd, loraplus and "
+        "rprec_adamw, with a start that has no anchor",
+    )
 
     @property
     def attach_init(self) -> str:
@@ -173,7 +183,8 @@ class StartSettings(Group):
     @property
     def layout(self) -> dict[str, Any]:
         """Arguments of `attach_lora` that follow from these settings."""
-        return {"rank": self.rank, "init": self.attach_init, "use_rslora": self.use_rslora}
+        switches = {"use_rslora": self.use_rslora, "use_dora": self.use_dora}
+        return {"rank": self.rank, "init": self.attach_init, **switches}
 
     @property
     def is_anchored(self) -> bool:

@@ -186,6 +186,19 @@ class TrainConfig(Group):
             "seed": self.schedule.seed,
         }
 
+    def compile_values(self, taken: int) -> dict[str, Any]:
+        """Arguments of `dreamrie.trainer.compiling.compile_network` about the length of the training.
+
+        Args:
+            taken: optimizer steps that are behind it.
+
+        Returns:
+            By name.
+        """
+        schedule = self.schedule
+        steps = schedule.max_train_steps - taken
+        return {"steps": steps, "micros": schedule.gradient_accumulation_steps}
+
     @staticmethod
     def default_warmup(steps: int) -> int:
         """Optimizer steps of warm-up for a training of so many steps."""

@@ -70,7 +70,7 @@ def load_saved_adapter(
         load_adapter(unet, path, adapter_name=ADAPTER_NAME, other_base=other_base or asked_for)
         unet.requires_grad_(False)
         return facts
-    contents = read_adapter(unet, path, other_base=other_base or asked_for)
+    contents = read_adapter(unet, path, other_base=other_base or asked_for, use_dora=True)
     before = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     try:
         load_with_diffusers(components, path, ADAPTER_NAME)
@@ -182,14 +182,16 @@ def _pipeline(components: Components) -> Any:
 
 def _not_attached(unet: Any, contents: AdapterContents) -> list[str]:
     """Layers on which another change lies than the file says, or none."""
-    pairs = {pair.name: pair for pair in lora_pairs(unet, ADAPTER_NAME)}
+    found = lora_pairs(unet, ADAPTER_NAME, use_dora=bool(contents.magnitudes))
+    pairs = {pair.name: pair for pair in found}
     lost = set(pairs) ^ set(contents.changes)
     for name in set(pairs) & set(contents.changes):
-        pair, change = pairs[name], contents.changes[name]
+        pair, values = pairs[name], [*contents.changes[name]]
+        values += [contents.magnitudes[name]] if contents.magnitudes else []
         same = all(
             parameter.shape == value.shape
             and torch.equal(parameter.detach(), value.to(parameter.device, parameter.dtype))
-            for parameter, value in ((pair.left, change.left), (pair.right, change.right))
+            for parameter, value in zip(pair.parameters, values, strict=True)
         )
         # Alpha over rank is divided in other orders elsewhere.
         if not same or not math.isclose(pair.scaling, contents.scalings[name], rel_tol=1e-6):

@@ -1,7 +1,8 @@
 """Draw with any number of adapters at once, without ever touching the weights of the base.
 
 Each adapter is read strictly (`dreamrie.adapter_reading`) and lies on the U-Net as PEFT layers of its own, so that
-pictures with A and B at scales a and b are those of the base weights + a * change of A + b * change of B. A few
+pictures with A and B at scales a and b are those of the base weights + a * change of A + b * change of B. DoRA has
+magnitudes in the place of a change that could be scaled or added: it draws alone, and as it was trained. A few
 adapters stay on the U-Net between drawings, at rest; nothing of an earlier drawing can be seen in a later one.
 """
 
@@ -96,7 +97,8 @@ class Drawer:
         # The reader checks files against a U-Net without adapters. This one shares all weights and takes no memory.
         tensors = [*components.unet.parameters(), *components.unet.buffers()]
         self._bare = copy.deepcopy(components.unet, {id(tensor): tensor for tensor in tensors})
-        self._loaded: OrderedDict[str, None] = OrderedDict()
+        # Whether each is DoRA.
+        self._loaded: OrderedDict[str, bool] = OrderedDict()
 
     def __enter__(self) -> Drawer:
         """Nothing more to open."""
@@ -168,6 +170,13 @@ class Drawer:
             if name not in self._loaded:
                 self._load(name, sources[name], set(scales))
             self._loaded.move_to_end(name)
+            if self._loaded[name] and (
+                len(scales) > 1 or scales[name] != 1.0 or sources[name].rank
+            ):
+                raise ConfigError(
+                    f"{sources[name].path} is DoRA, whose magnitudes can be neither scaled nor added nor cut to a "
+                    "rank. Draw with it alone, at scale 1 and without a rank; or use merge-into-base."
+                )
         unet = self._components.unet
         try:
             if scales:
@@ -184,7 +193,7 @@ class Drawer:
 
     def _load(self, name: str, use: AdapterUse, needed: set[str]) -> None:
         """Read a file and put it on the U-Net, in the place of the one that was not used for longest."""
-        contents = read_adapter(self._bare, use.path)
+        contents = read_adapter(self._bare, use.path, use_dora=True)
         _check_prediction(contents, self._components)
         changes = changes_of(contents, use.rank)
         highest = max(int(change.right.shape[0]) for change in contents.changes.values())
@@ -196,8 +205,8 @@ class Drawer:
             oldest = next(known for known in self._loaded if known not in needed)
             unstack_lora(self._components.unet, oldest)
             del self._loaded[oldest]
-        stack_lora(self._components.unet, changes, name)
-        self._loaded[name] = None
+        stack_lora(self._components.unet, changes, name, contents.magnitudes)
+        self._loaded[name] = bool(contents.magnitudes)
 
 
 def activate(unet: Any, scales: Mapping[str, float]) -> None:

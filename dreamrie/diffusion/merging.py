@@ -1,7 +1,8 @@
 """Write a base model with an adapter's change in its weights: a folder that any program for diffusers loads.
 
-Of the U-Net, W becomes W + scale * change in fp64, rounded once to the precision that is written. Every other file is
-copied byte for byte. The base is only read, and the folder appears whole or not at all.
+Of the U-Net, W becomes W + scale * change in fp64, rounded once to the precision that is written; the change of DoRA is
+that of its formula. Every other file is copied byte for byte. The base is only read, and the folder appears whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dreamrie.diffusion.source import quiet_libraries
 from dreamrie.errors import AdapterError, ConfigError
 from dreamrie.files import new_folder
 from dreamrie.lora import LowRank
+from dreamrie.lora.dora import dora_weight
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def merge_into_base(
     check_merge(output, scale)
     if base.source.directory.resolve() in output.absolute().resolve().parents:
         raise ConfigError(f"--output {output} lies in the folder of the base, which is only read.")
-    contents = read_adapter(base.unet, file, other_base=other_base)
+    contents = read_adapter(base.unet, file, other_base=other_base, use_dora=True)
     kind = dtype or stored_dtype(base.source.directory)
     worst, layer = add_to_weights_(base.unet, contents, scale, kind)
     _check_space(base, kind, output)
@@ -144,8 +146,12 @@ def add_to_weights_(
     worst = (0.0, "")
     for layer, change in contents.changes.items():
         weight = unet.get_submodule(layer).weight
-        delta = scale * contents.scalings[layer] * dense(change).reshape(weight.shape)
-        exact = weight.detach().cpu().double() + delta
+        before = weight.detach().cpu().double()
+        delta = contents.scalings[layer] * dense(change).reshape(weight.shape)
+        if contents.magnitudes:
+            delta = dora_weight(before, delta, contents.magnitudes[layer]) - before
+        delta = scale * delta
+        exact = before + delta
         merged[layer] = exact.to(dtype)
         if not bool(merged[layer].isfinite().all()):
             raise AdapterError(

@@ -232,6 +232,11 @@ def _training(run: Run) -> list[str]:
             f"{record['optimizer']}{paper if record['optimizer'] == 'riemannion' else ''}",
         ),
         ("start", settings.get("init")),
+        *(
+            [("kind", "DoRA: the norms of the rows are trained too")]
+            if settings.get("use_dora")
+            else []
+        ),
         (
             "learning rate",
             f"{settings.get('learning_rate'):g}, {settings.get('lr_scheduler')} schedule",

@@ -12,6 +12,7 @@ from dreamrie.diffusion.task import DreamBoothTask
 from dreamrie.errors import DreamrieError
 from dreamrie.init_table import INITS
 from dreamrie.trainer import LoopSettings
+from dreamrie.trainer.compiling import compile_network
 from dreamrie.trainer.rehearsal import Estimate, peak_memory, quietly, step_seconds, timed
 from dreamrie.trainer.starting import start_adapter
 
@@ -53,8 +54,12 @@ def _estimate(config: TrainConfig, task: DreamBoothTask, accelerator: Any) -> Es
         each = max(0.0, start(MORE) - few) / (MORE - FEW)
         prepare = few + (config.adapter.loi_batches - FEW) * each
     settings = LoopSettings(**config.loop_values())
+    gain = None
+    if config.model.torch_compile:
+        gain = compile_network(task, accelerator, **config.compile_values(0))
     steps = step_seconds(task, optimizers[-1], settings, accelerator) * settings.max_steps
-    return Estimate(prepare, steps, _looks(config, task), *peak_memory())
+    compiling = gain.compiling if gain else 0.0
+    return Estimate(prepare, steps, _looks(config, task), *peak_memory(), compiling)
 
 
 def _looks(config: TrainConfig, task: DreamBoothTask) -> float:

@@ -64,6 +64,7 @@ class DreamBoothTask:
     Attributes:
         name: "dreambooth".
         model: the U-Net.
+        network: what `loss` calls: the U-Net, or its compiled form.
         pairs: as given.
     """
 
@@ -99,6 +100,7 @@ class DreamBoothTask:
                 check_prompt(components.tokenizer, prompt, flag)
         self.name = "dreambooth"
         self.model = components.unet
+        self.network: Any = components.unet
         self.pairs = list(pairs)
         self.components = components
         self.concept = concept
@@ -173,7 +175,7 @@ class DreamBoothTask:
         Returns:
             Scalar, fp32, differentiable.
         """
-        return self.model_loss(self.model, batch)
+        return self.model_loss(self.network, batch)
 
     def model_loss(self, model: Any, batch: Batch) -> Tensor:
         """The same loss for an explicit U-Net, as `locally_optimal_init` wants it.
@@ -188,6 +190,18 @@ class DreamBoothTask:
         # Pictures of one size share a forward pass; the weights make the mean the same however they are grouped.
         parts = [self._group_loss(model, batch, rows) for rows in batch.rows_by_shape()]
         return torch.stack(parts).sum()
+
+    def trial_batches(self) -> list[Batch]:
+        """Batches of every shape that the U-Net can meet in training, to compile it for; they mean nothing else.
+
+        Returns:
+            One batch where all pictures have one size; else one of as many rows as a micro-batch, one of two rows and
+            one of a single row for each size, which a compiler takes for different programs.
+        """
+        whole = len(self._caches) * self._batch_size
+        sizes = sorted({size for pictures in self.concept.sets for size in pictures.sizes()})
+        counts = sorted({whole, min(whole, 2), 1}, reverse=True) if len(sizes) > 1 else [whole]
+        return [self._blank(size, rows) for rows in counts for size in sizes]
 
     def used_places(self, batch: Batch) -> None:
         """All that the U-Net sees counts as its input."""
@@ -271,6 +285,21 @@ class DreamBoothTask:
         error = output.to(torch.promote_types(output.dtype, torch.float32)) - target
         errors = picture_errors(error.square(), [batch.masks[row] for row in rows])
         return (errors * batch.weights[rows]).sum()
+
+    def _blank(self, size: tuple[int, int], rows: int) -> Batch:
+        """Empty pictures of one size."""
+        device, scale = self.components.device, self.components.scale_factor
+        channels = int(self.components.vae.config.latent_channels)
+        latents = torch.zeros(rows, channels, size[0] // scale, size[1] // scale, device=device)
+        return Batch(
+            latents=tuple(latents),
+            noise=tuple(latents),
+            timesteps=torch.zeros(rows, dtype=torch.int64, device=device),
+            text=self._text[[0] * rows].to(device),
+            weights=torch.ones(rows, device=device),
+            names=("blank",) * rows,
+            masks=(None,) * rows,
+        )
 
     def _row(
         self, stream: str, kind: int, position: int

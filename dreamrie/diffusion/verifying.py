@@ -1,7 +1,7 @@
 """Whether a public loader puts the same change on the base model as dreamrie's strict reader, and draws the same.
 
 The base is loaded twice, one copy after the other, so that nothing of the one way can leak into the other. Compared
-are the change of every layer and pictures of one prompt with the same seeds.
+are the change of every layer, DoRA's magnitudes, and pictures of one prompt with the same seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dreamrie.adapter_container import find_adapter, read_metadata
+from dreamrie.adapter_magnitudes import Magnitudes, magnitudes_of
 from dreamrie.adapter_peft import PEFT_FILE
 from dreamrie.adapter_reading import load_adapter
 from dreamrie.diffusion.adapters import ADAPTER_NAME, _pipeline
@@ -150,15 +151,17 @@ def verify(
         return replace(known, problems=(str(error),))
     known = replace(known, layers=len(loaded.pairs), unchecked=loaded.unchecked)
     expected, wanted = _changes(loaded.pairs), _draw(ours, text, steps)
+    norms = magnitudes_of(loaded.pairs)
     del ours, loaded  # a large model need not be in memory twice
     theirs = load_base(name, revision)
     try:
-        found = _changes(public_pairs(theirs, path))
+        pairs = public_pairs(theirs, path)
     except _LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return replace(known, problems=(f"{known.loader} does not load it: {reason}",))
     drawn = _draw(theirs, text, steps)
-    return judged(known, compared(expected, found), grey(wanted, drawn), grey(bare, drawn))
+    distances = with_magnitudes(compared(expected, _changes(pairs)), norms, magnitudes_of(pairs))
+    return judged(known, distances, grey(wanted, drawn), grey(bare, drawn))
 
 
 def public_pairs(components: Components, path: Path) -> list[LoraPair]:
@@ -181,7 +184,7 @@ def public_pairs(components: Components, path: Path) -> list[LoraPair]:
             local_files_only=True,
             use_safetensors=True,
         )
-    return lora_pairs(components.unet, ADAPTER_NAME)
+    return lora_pairs(components.unet, ADAPTER_NAME, use_dora=True)
 
 
 def compared(
@@ -204,6 +207,30 @@ def compared(
         size = max(change_norm(expected[layer]), change_norm(found[layer]))
         distances[layer] = distance(expected[layer], found[layer]) / size if size else 0.0
     return distances
+
+
+def with_magnitudes(
+    distances: Mapping[str, float | None], expected: Magnitudes, found: Magnitudes
+) -> dict[str, float | None]:
+    """Distances of changes and of DoRA's magnitudes, the larger of each layer.
+
+    Args:
+        distances: see `compared`.
+        expected: magnitudes by layer; empty for a plain LoRA.
+        found: those of the other way.
+
+    Returns:
+        As `compared`; None also where only one of them has a magnitude.
+    """
+    joined = dict(distances)
+    for layer in sorted({*expected, *found}):
+        if layer not in expected or layer not in found:
+            joined[layer] = None
+        elif (apart := joined.get(layer)) is not None:
+            one, other = expected[layer].double(), found[layer].double()
+            size = max(float(one.norm()), float(other.norm()))
+            joined[layer] = max(apart, float((one - other).norm()) / size if size else 0.0)
+    return joined
 
 
 def grey(first: Sequence[Image.Image], second: Sequence[Image.Image]) -> int:

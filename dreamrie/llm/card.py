@@ -209,6 +209,11 @@ def _training(run: Run) -> list[str]:
         ("rank", f"{rank} trained; the file has rank {run.facts.get('rank_exported', rank)}"),
         ("optimizer", optimizer + (_PAPER if optimizer == "riemannion" else "")),
         ("start", settings.get("init")),
+        *(
+            [("kind", "DoRA: the norms of the rows are trained too")]
+            if settings.get("use_dora")
+            else []
+        ),
         (
             "learning rate",
             f"{settings.get('learning_rate'):g}, {settings.get('lr_scheduler')} schedule",

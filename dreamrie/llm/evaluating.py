@@ -140,9 +140,9 @@ def _digest(fingerprint: str, pairs: Sequence[LoraPair]) -> str:
     digest = hashlib.sha256(fingerprint.encode())
     for pair in pairs:
         digest.update(f"{pair.name} {pair.scaling}".encode())
-        for factor in (pair.left, pair.right):
+        for parameter in pair.parameters:
             # numpy has no bf16, and fp32 holds it exactly.
-            digest.update(factor.detach().float().cpu().contiguous().numpy().data)
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dreamrie.adapter_file import base_facts
+from dreamrie.adapter_magnitudes import magnitudes_of
 from dreamrie.adapter_peft import save_peft
 from dreamrie.errors import ConfigError
 from dreamrie.llm.encoding import Encoded
@@ -211,7 +212,8 @@ class CausalLmTask:
             **metadata,
             **base_facts(self.model),
         }
-        save_peft(directory, {pair.name: change_of(pair) for pair in self.pairs}, known)
+        changes = {pair.name: change_of(pair) for pair in self.pairs}
+        save_peft(directory, changes, known, magnitudes=magnitudes_of(self.pairs))
 
     def _example(self, stream: str, position: int) -> Encoded:
         """Example at a position of an endless stream."""

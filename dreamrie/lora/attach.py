@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from dreamrie.errors import ConfigError
+from dreamrie.lora.dora import check_dora, reset_magnitudes_
 from dreamrie.lora.inits.request import Loi, Request
 from dreamrie.lora.inits.start import builder, find_init
 from dreamrie.lora.injecting import (
@@ -56,6 +57,7 @@ def attach_lora(
     adapter_name: str = "default",
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     generator: torch.Generator | None = None,
 ) -> list[LoraPair]:
     """Add a LoRA to every matching layer; the output does not change, except with `anchored=False`.
@@ -78,6 +80,8 @@ def attach_lora(
         dropout: probability of LoRA dropout, in [0, 1).
         use_rslora: scaling sqrt(r) instead of 1, which is PEFT's switch of that name with alpha = r. Optimizers of
             factors then take larger steps at larger ranks; those that move the change itself do not see it.
+        use_dora: train the norms of the rows of each weight too, as PEFT's DoRA does (`dreamrie.lora.dora`); for starts
+            without anchor, on Linear layers, and optimizers of the factors.
         generator: source of the random start; default a new one with seed 0.
 
     Returns:
@@ -89,6 +93,8 @@ def attach_lora(
     """
     with_anchor = _check_settings(rank, init, alpha, anchored, dropout)
     layers = resolve_targets(model, target_modules, adapter_name)
+    if use_dora:
+        check_dora(init, layers)
     ranks = _layer_ranks(layers, rank, with_anchor)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -102,6 +108,7 @@ def attach_lora(
         rank_pattern={key: width * own for key, own in uneven.items()},
         alpha_pattern={key: per_rank * own for key, own in uneven.items()},
         use_rslora=use_rslora,
+        use_dora=use_dora,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=dropout,
         init_lora_weights=_INJECTED.get(init, False),
@@ -111,7 +118,7 @@ def attach_lora(
         undo.callback(put_back, model, layers, adapter_name, trainable_flags(model))
         with seeded(model, seed):
             inject(model, config, adapter_name)
-        pairs = lora_pairs(model, adapter_name)
+        pairs = lora_pairs(model, adapter_name, use_dora=use_dora)
         if sorted(pair.name for pair in pairs) != sorted(layers):
             raise ConfigError(
                 f"PEFT adapted {len(pairs)} layers where {len(layers)} match {target_modules!r}; "
@@ -127,6 +134,7 @@ def attach_lora(
             builder(find_init(init))(
                 Request(init, model, pairs, generator, seed, loi=Loi(alpha=alpha))
             )
+        reset_magnitudes_(pairs)
         undo.pop_all()
     if init == "orthonormal" and not with_anchor:
         _log.warning("start without anchor: the function of the model changes at step 0")

@@ -7,7 +7,8 @@ letters are crossed (its A is `lora_B`, its B is `lora_A` transposed). The chang
 
 An anchored pair has R = 2 r. Its first r columns and rows hold the trained point X, its last r the
 frozen start X0 with the minus sign in the left factor, so delta = X - X0 and the base weight is
-never written (docs/method.md 3). A plain pair has R = r and no anchor.
+never written (docs/method.md 3). A plain pair has R = r and no anchor. A pair with a magnitude is DoRA's:
+the weight is then another function of the product, see `dreamrie.lora.dora`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class LoraPair:
         module: the PEFT layer.
         adapter_name: name of the adapter inside the PEFT layer.
         transposed: True when the base weight is stored (in, out), as GPT-2's Conv1D does.
+        magnitude: (out,), the trained norms of the rows of the weight, for DoRA; else None.
     """
 
     name: str
@@ -62,6 +64,13 @@ class LoraPair:
     module: nn.Module
     adapter_name: str
     transposed: bool = False
+    magnitude: nn.Parameter | None = None
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """All that a training may move: left, right and, for DoRA, the magnitude."""
+        factors = (self.left, self.right)
+        return factors if self.magnitude is None else (*factors, self.magnitude)
 
     @property
     def out(self) -> int:
@@ -97,7 +106,10 @@ class LoraPair:
         return like_base.reshape(like_base.shape[0], -1)
 
     def delta(self) -> Tensor:
-        """Dense (out, in) change of the weight, scaling and anchor included; fp32, or fp64."""
+        """Dense (out, in) product, scaling and anchor included; fp32, or fp64.
+
+        It is the change of the weight, except with a magnitude: see `dreamrie.lora.dora`.
+        """
         left, right = _wide(self.left_matrix().detach()), _wide(self.right_matrix().detach())
         return self.scaling * (left @ right)
 
@@ -179,7 +191,9 @@ class LoraPair:
                 self.right_matrix()[self.rank :].copy_(right)
 
 
-def lora_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPair]:
+def lora_pairs(
+    model: nn.Module, adapter_name: str | None = None, *, use_dora: bool = False
+) -> list[LoraPair]:
     """Find every LoRA pair of a PEFT, diffusers, transformers or plain torch model.
 
     An anchored layout is recognised by the mark that `attach_lora` leaves on the layer.
@@ -187,13 +201,14 @@ def lora_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPa
     Args:
         model: any module with LoRA layers inside.
         adapter_name: which adapter; may be left out when there is only one.
+        use_dora: take layers with a magnitude too; the caller must not forget it.
 
     Returns:
         The pairs in the order of `model.named_modules()`.
 
     Raises:
         ConfigError: no LoRA layer, no such adapter, several adapters and no name, or a layer kind
-            that has no matrix form (DoRA, embeddings, merged weights, ...).
+            that has no matrix form (embeddings, merged weights, DoRA unless asked for, ...).
     """
     layers = [
         (name.removeprefix("base_model.model."), module)
@@ -211,21 +226,43 @@ def lora_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPa
     chosen = adapter_name if adapter_name is not None else present[0]
     if chosen not in present:
         raise ConfigError(f"the model has no adapter named {chosen!r}; it has {present}.")
-    return [
+    pairs = [
         _read_pair(name, layer, chosen) for name, layer in layers if chosen in _adapters_of(layer)
     ]
+    if not use_dora:
+        refuse_magnitudes(pairs, "lora_pairs without use_dora=True")
+    return pairs
+
+
+def refuse_magnitudes(pairs: Iterable[LoraPair], who: str) -> None:
+    """What takes the product of the factors for the change of the weight cannot take DoRA.
+
+    Args:
+        pairs: any.
+        who: that cannot, for the message.
+
+    Raises:
+        ConfigError: a pair has a magnitude.
+    """
+    for pair in pairs:
+        if pair.magnitude is not None:
+            raise ConfigError(
+                f"layer {pair.name!r}, adapter {pair.adapter_name!r}: DoRA's magnitude rescales the rows of the "
+                f"weight, so its change is not the product of the factors, and {who} takes that product. "
+                "Use LoraConfig(use_dora=False)."
+            )
 
 
 def keep_in_fp32(pairs: Iterable[LoraPair]) -> None:
-    """Hold the factors in fp32, whatever PEFT made: it takes the precision of the base, in which small steps are lost.
+    """Train in fp32, whatever PEFT made: it takes the precision of the base, in which small steps are lost.
 
     Args:
-        pairs: of a model that is about to be trained; factors in fp64 stay as they are.
+        pairs: of a model that is about to be trained; what is in fp64 stays as it is.
     """
     for pair in pairs:
-        for factor in (pair.left, pair.right):
-            if factor.dtype != torch.float64:
-                factor.data = factor.data.float()
+        for parameter in pair.parameters:
+            if parameter.dtype != torch.float64:
+                parameter.data = parameter.data.float()
 
 
 def mask_anchor_gradients_(pairs: Iterable[LoraPair]) -> None:
@@ -285,12 +322,14 @@ def _read_pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
             "LoRA on an Embedding has no product of two layer inputs",
             "Leave the embedding out of target_modules; Linear and Conv2d layers are supported.",
         )
-    if layer.use_dora.get(adapter) or adapter in layer.lora_magnitude_vector:
+    dora: Any = layer.lora_magnitude_vector
+    magnitude = dora[adapter].weight if adapter in dora else None
+    if magnitude is not None and magnitude.ndim != 1:
+        # PEFT does not list the magnitude of a convolution among the parts of its adapter, so it cannot be removed.
         raise refuse(
-            "DoRA's magnitude changes the gradient map, so the factors are not a plain product",
-            "Use LoraConfig(use_dora=False).",
+            "DoRA on a convolution cannot be trained here", "Leave it out, or use use_dora=False."
         )
-    if adapter in layer.lora_variant:
+    if adapter in layer.lora_variant and magnitude is None:
         kind = type(layer.lora_variant[adapter]).__name__
         raise refuse(f"the LoRA variant {kind} is not a plain product", "Use a plain LoraConfig.")
     if adapter in layer.merged_adapters:
@@ -324,6 +363,7 @@ def _read_pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
         module=layer,
         adapter_name=adapter,
         transposed=bool(getattr(layer, "fan_in_fan_out", False)),
+        magnitude=magnitude,
     )
 
 

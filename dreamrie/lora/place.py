@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,11 +88,13 @@ class Placing:
         changes: path of each layer to its factors, of the shapes that `factor_shapes` says; none leaves the model as
             it is.
         scalings: for each layer, what its product counts; positive.
+        magnitudes: of DoRA, (out,) for each layer; none for a plain LoRA.
     """
 
     model: nn.Module
     changes: Mapping[str, LowRank]
     scalings: Mapping[str, float]
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def place_lora(
@@ -153,11 +155,12 @@ def _placed(placing: Placing, adapter_name: str, undo: contextlib.ExitStack) -> 
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items()},
         alpha_pattern={f"^{re.escape(n)}": rank * scalings[n] for n, rank in ranks.items()},
         target_modules="|".join(re.escape(name) for name in changes),
+        use_dora=bool(placing.magnitudes),
     )
     undo.callback(put_back, model, layers, adapter_name, trainable_flags(model))
     with seeded(model, 0):
         inject(model, config, adapter_name)
-    pairs = lora_pairs(model, adapter_name)
+    pairs = lora_pairs(model, adapter_name, use_dora=bool(placing.magnitudes))
     if sorted(pair.name for pair in pairs) != sorted(layers):
         raise ConfigError(f"PEFT adapted {len(pairs)} layers instead of the {len(layers)} named.")
     for pair in pairs:
@@ -166,12 +169,14 @@ def _placed(placing: Placing, adapter_name: str, undo: contextlib.ExitStack) -> 
         _write(pair.left, changes[pair.name].left)
         _write(pair.right, changes[pair.name].right)
         _set_scaling(pair, scalings[pair.name])
+        if pair.magnitude is not None:
+            _write(pair.magnitude, placing.magnitudes[pair.name])
     return pairs
 
 
 def _write(parameter: nn.Parameter, value: Tensor) -> None:
     if parameter.shape != value.shape:
-        raise ConfigError(f"a factor has shape {tuple(value.shape)}, not {tuple(parameter.shape)}.")
+        raise ConfigError(f"a part has shape {tuple(value.shape)}, not {tuple(parameter.shape)}.")
     with torch.no_grad():
         parameter.copy_(value)
 

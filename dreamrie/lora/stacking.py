@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from dreamrie.errors import ConfigError
 from dreamrie.lora.arithmetic import LowRank
@@ -19,7 +19,12 @@ from dreamrie.lora.injecting import inject, seeded
 from dreamrie.lora.pairs import lora_pairs
 
 
-def stack_lora(model: nn.Module, changes: Mapping[str, LowRank], adapter_name: str) -> None:
+def stack_lora(
+    model: nn.Module,
+    changes: Mapping[str, LowRank],
+    adapter_name: str,
+    magnitudes: Mapping[str, Tensor] | None = None,
+) -> None:
     """Put one more adapter on a model, completely or not at all; it rests, and so do all others.
 
     The factors take the type and device of their layer. No random number of the caller is used up, and no flag of
@@ -29,6 +34,7 @@ def stack_lora(model: nn.Module, changes: Mapping[str, LowRank], adapter_name: s
         model: with or without other adapters.
         changes: path of each layer to its factors, shaped as PEFT stores them; scaling 1. Ranks may differ.
         adapter_name: in PEFT; no adapter of the model has it.
+        magnitudes: of DoRA, (out,) for each layer; such an adapter must act alone.
 
     Raises:
         ConfigError: PEFT adapted other layers than asked, or a factor has another shape than its layer needs.
@@ -42,17 +48,20 @@ def stack_lora(model: nn.Module, changes: Mapping[str, LowRank], adapter_name: s
         rank_pattern=dict(exact),
         alpha_pattern=dict(exact),
         target_modules="|".join(re.escape(name) for name in changes),
+        use_dora=bool(magnitudes),
     )
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with contextlib.ExitStack() as undo:
         undo.callback(unstack_lora, model, adapter_name)
         with seeded(model, 0), several_on_purpose():
             inject(model, config, adapter_name)
-        pairs = {pair.name: pair for pair in lora_pairs(model, adapter_name)}
+        found = lora_pairs(model, adapter_name, use_dora=bool(magnitudes))
+        pairs = {pair.name: pair for pair in found}
         if set(pairs) != set(changes):
             raise ConfigError(f"PEFT adapted {len(pairs)} layers, not the {len(changes)} named.")
         for name, change in changes.items():
-            for parameter, value in zip((pairs[name].left, pairs[name].right), change, strict=True):
+            values = (*change, magnitudes[name]) if magnitudes else change
+            for parameter, value in zip(pairs[name].parameters, values, strict=True):
                 if parameter.shape != value.shape:
                     raise ConfigError(
                         f"layer {name!r}: a factor has shape {tuple(value.shape)}, and the layer needs "

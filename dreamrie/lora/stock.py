@@ -23,4 +23,4 @@ def load_with_peft(model: nn.Module, folder: Path) -> list[LoraPair]:
         One pair for each adapted layer, with names relative to the model. What PEFT raises goes through.
     """
     PeftModel.from_pretrained(model, str(folder), adapter_name=_NAME)
-    return lora_pairs(model, _NAME)
+    return lora_pairs(model, _NAME, use_dora=True)

@@ -43,19 +43,20 @@ def describe_optimizer(name: str, pairs: Sequence[LoraPair]) -> str:
 
 
 def trained_numbers(name: str, pairs: Sequence[LoraPair]) -> int:
-    """How many numbers an optimizer moves: of one factor or both, with the anchor or without it.
+    """How many numbers an optimizer moves: of one factor or both, with anchor and magnitude or without them.
 
     Args:
         name: key of `OPTIMIZERS`.
         pairs: adapted layers.
 
     Returns:
-        Entries of the trained parts of all factors.
+        Entries of the trained parts of all factors, and of the magnitudes.
     """
     entry, total = OPTIMIZERS[name], 0
     for pair in pairs:
         columns = pair.rank + (pair.anchor_rank if entry.anchor == "trained" else 0)
         total += (pair.out + (pair.in_ if entry.trained_factors == 2 else 0)) * columns
+        total += 0 if pair.magnitude is None else pair.out
     return total
 
 
@@ -97,6 +98,14 @@ def build_optimizer(
             raise ConfigError(f"{key} is not a setting of {name}; {_who_has(key)}")
     if any(pair.anchor_rank for pair in pairs):
         _check_anchor(name, entry, pairs)
+    # Whoever makes pairs of their own need not know of magnitudes.
+    if entry.no_dora and any(getattr(pair, "magnitude", None) is not None for pair in pairs):
+        able = ", ".join(key for key, other in OPTIMIZERS.items() if not other.no_dora)
+        raise ConfigError(
+            f"{name} cannot train the magnitudes of DoRA, because {entry.no_dora}\n"
+            f"  where: --optimizer {name}\n"
+            f"  what to do: leave --use_dora out, or use one of {able}"
+        )
     settings = {**entry.options, **given}
     if entry.momentum is not None:
         settings["momentum"] = entry.momentum if momentum is None else momentum

@@ -2,6 +2,9 @@
 
 None of them knows of a frozen anchor: on an anchored layout they train all 2r columns, which is a legal but different
 method and is named a rank-2r baseline. LoRA-FA refuses that layout, since it freezes lora_A.
+
+DoRA's magnitudes are a group of their own with the plain learning rate: the ratio of LoRA+ and the preconditioner are
+of the factors. They do not decay: a magnitude that goes to zero takes the base weight with it.
 """
 
 from __future__ import annotations
@@ -51,6 +54,15 @@ def _parameters(pairs: Sequence[LoraPair]) -> list[nn.Parameter]:
     return [factor for pair in pairs for factor in (pair.left, pair.right)]
 
 
+def _with_magnitudes(optimizer: Optimizer, pairs: Sequence[LoraPair], lr: float) -> Optimizer:
+    """The same optimizer, which also trains the magnitudes, if there are any."""
+    found = [getattr(pair, "magnitude", None) for pair in pairs]
+    magnitudes = [magnitude for magnitude in found if magnitude is not None]
+    if magnitudes:
+        optimizer.add_param_group({"params": magnitudes, "lr": lr, "weight_decay": 0.0})
+    return optimizer
+
+
 def _require_matrices(name: str, pairs: Sequence[LoraPair]) -> None:
     """Raise ConfigError for a convolution, naming it."""
     for pair in pairs:
@@ -64,12 +76,14 @@ def _require_matrices(name: str, pairs: Sequence[LoraPair]) -> None:
 
 def adamw(pairs: Sequence[LoraPair], lr: float, weight_decay: float) -> Optimizer:
     """Decoupled Adam on the factors."""
-    return AdamW(_parameters(pairs), lr=lr, weight_decay=weight_decay)
+    optimizer = AdamW(_parameters(pairs), lr=lr, weight_decay=weight_decay)
+    return _with_magnitudes(optimizer, pairs, lr)
 
 
 def sgd(pairs: Sequence[LoraPair], lr: float, weight_decay: float, momentum: float) -> Optimizer:
     """Gradient descent with momentum; the decay is added to the gradient, as torch does it."""
-    return SGD(_parameters(pairs), lr=lr, weight_decay=weight_decay, momentum=momentum)
+    optimizer = SGD(_parameters(pairs), lr=lr, weight_decay=weight_decay, momentum=momentum)
+    return _with_magnitudes(optimizer, pairs, lr)
 
 
 def muon(pairs: Sequence[LoraPair], lr: float, weight_decay: float, momentum: float) -> Optimizer:
@@ -80,13 +94,14 @@ def muon(pairs: Sequence[LoraPair], lr: float, weight_decay: float, momentum: fl
 
 def loraplus(pairs: Sequence[LoraPair], lr: float, weight_decay: float) -> Optimizer:
     """AdamW with a larger learning rate on the output side."""
-    return create_loraplus_optimizer(
+    optimizer = create_loraplus_optimizer(
         _Adapter(pairs),
         AdamW,
         lr=lr,
         loraplus_lr_ratio=LORAPLUS_RATIO,
         loraplus_weight_decay=weight_decay,
     )
+    return _with_magnitudes(optimizer, pairs, lr)
 
 
 def lorafa(pairs: Sequence[LoraPair], lr: float, weight_decay: float) -> Optimizer:
@@ -103,4 +118,6 @@ def lorafa(pairs: Sequence[LoraPair], lr: float, weight_decay: float) -> Optimiz
 
 def rprec_adamw(pairs: Sequence[LoraPair], lr: float, weight_decay: float) -> Optimizer:
     """AdamW after preconditioning by the Gram matrix of the other factor; it writes into the gradients."""
-    return create_riemannian_optimizer(_Adapter(pairs), AdamW, lr=lr, weight_decay=weight_decay)
+    adapter = _Adapter(pairs)
+    optimizer = create_riemannian_optimizer(adapter, AdamW, lr=lr, weight_decay=weight_decay)
+    return _with_magnitudes(optimizer, pairs, lr)

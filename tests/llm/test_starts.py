@@ -59,3 +59,39 @@ def test_the_command_takes_a_start(optimizer: str, init: str) -> None:
         loaded = load_adapter(small.model(), folder)
         assert all(float(pair.delta().abs().max()) > 1e-5 for pair in loaded.pairs)
         assert loaded.facts["init"] == f"{init} of 2 batches"
+
+
+def test_the_task_saves_dora_as_it_was_trained(tmp_path: Path) -> None:
+    """PEFT's folder on a fresh model has the loss of the model in training; without magnitudes it has another."""
+    model = small.model()
+    pairs = attach_lora(model, 2, ["q_proj", "down_proj"], init="default", use_dora=True)
+    task = CausalLmTask(model, pairs, [encoded(5, 2, 1)], batch_size=1, seed=0, max_length=20)
+    before = float(task.loss(task.batch(1, 0)).detach())
+    with torch.no_grad():
+        for pair in pairs:
+            pair.left += 0.1
+            pair.parameters[2][::2] *= 2
+    wanted = float(task.loss(task.batch(1, 0)).detach())
+    task.save(tmp_path, {})
+    fresh = small.model()
+    loaded = load_adapter(fresh, tmp_path)
+    found = float(task.model_loss(fresh, task.batch(1, 0)).detach())
+    assert abs(found - wanted) < 1e-5 < 1e-3 < abs(wanted - before)
+    with torch.no_grad():
+        for pair in loaded.pairs:
+            pair.parameters[2][::2] /= 2
+    assert abs(float(task.model_loss(fresh, task.batch(1, 0)).detach()) - wanted) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_command_trains_dora() -> None:
+    """The flag arrives in the adapter, the settings and the record of the start."""
+    with world() as values:
+        folder = Path(values["output_dir"])
+        words = ["--model", values["model"], "--data", *values["data"], "--output_dir", str(folder)]
+        words += ["--rank", "2", "--max_train_steps", "2", "--target_modules", "q_proj", "o_proj"]
+        assert main(["train-llm", *words, "--optimizer", "adamw", "--use_dora"]) == 0
+        loaded = load_adapter(small.model(), folder)
+        assert all(pair.magnitude is not None for pair in loaded.pairs)
+        assert loaded.facts["init"] == "default, DoRA"
+        assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["use_dora"] is True

@@ -31,5 +31,9 @@ MUTANTS = [
     fault("hash of all settings", "a moved folder changes no step", settings_hash=of_everything),
     fault("hash of names alone", "values decide", settings_hash=of_names),
     fault("hash without the schedule", "the seed decides", _GROUPS=identity._GROUPS[:-1]),
+    fault("hash with later switches", "earlier trainings have none", _LATER=frozenset()),
+    fault(
+        "hash with the compiler", "it only rounds", _LEFT_OUT=identity._LEFT_OUT - {"torch_compile"}
+    ),
     fault("hash with the resolution", "it may wait for the model", _LEFT_OUT=WITHOUT),
 ]

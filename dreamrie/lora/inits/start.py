@@ -91,7 +91,7 @@ def start_pairs(
             Request(name, model, pairs, random, random.initial_seed() % 2**62, data, sizes)
         )
         team = ALONE if data is None else data.team
-        team.copy_first_([half.data for pair in pairs for half in (pair.left, pair.right)])
+        team.copy_first_([part.data for pair in pairs for part in pair.parameters])
         for pair, old in zip(pairs, before, strict=True):
             if digest(pair.base_weight) != old:
                 raise NumericalError(
