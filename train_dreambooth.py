@@ -37,6 +37,7 @@ from dreamrie.lora.apart import keep_apart
 from dreamrie.run_folder import check_not_in_use, check_output_dir
 from dreamrie.runlog import RunLog, check_records, exit_code, start_logging
 from dreamrie.trainer import LoopSettings, Scorer, make_accelerator, sigterm_as_ctrl_c, train
+from dreamrie.trainer.compiling import compile_network
 from dreamrie.trainer.resuming import find_resume
 from dreamrie.trainer.spreading import spread_base
 from dreamrie.trainer.starting import start_adapter
@@ -98,6 +99,8 @@ def run(config: TrainConfig, command: Sequence[str]) -> bool:
     scorer, facts = make_scorer(config, task, accelerator.is_main_process), run_facts(config, task)
     spread_base(accelerator, task, config)
     optimizer, facts["initialization"] = start_adapter(config, task)
+    if config.model.torch_compile:
+        compile_network(task, accelerator, **config.compile_values(resume.step if resume else 0))
     folder = config.output.output_dir if accelerator.is_main_process else None
     board = config.output.logging_dir if config.output.report_to == "tensorboard" else None
     records, steps = resume and resume.state["records"], config.schedule.max_train_steps

@@ -2,10 +2,12 @@
 
     python -m benchmarks.unet --device cuda
     python -m benchmarks.unet --size small
+    python -m benchmarks.unet --state
 
 865 M parameters from the published settings, weights in bf16, adapters in fp32 under autocast, 64 x 64 latents (512
 pixels), batch 4. Time does not depend on what the weights are. Printed for each rank: the optimizer step alone, the
-whole training step in turns, pictures per second, peak memory, and the kernels of one optimizer step.
+whole training step in turns, pictures per second, peak memory, and the kernels of one optimizer step. --state prints
+what the optimizers keep between steps instead, beside the memory of a whole training that was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from benchmarks.contenders import SD2_SHAPES, Shape, make_pairs
 from benchmarks.timing import interleaved, kernels, machine, table, wait_for
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS
 from dreamrie.files import write_atomic
@@ -31,7 +34,8 @@ from dreamrie.lora import LoraPair, attach_lora
 from dreamrie.optimizers import build_optimizer
 from dreamrie.riemannion import Riemannion
 
-SUMMARY = Path(__file__).resolve().parent / "results" / "unet.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+SUMMARY, MEASURED = RESULTS / "unet.json", RESULTS / "throughput-h100.json"
 PLAIN = "adamw, LoRA of rank r"
 
 
@@ -81,6 +85,13 @@ def make_unet(size: Size, device: torch.device) -> Any:
     return unet.requires_grad_(False).train()
 
 
+# Ways to run the U-Net; both leave names and values of its weights as they are.
+WAYS: dict[str, Callable[[Any], object]] = {
+    "channels last": lambda unet: unet.to(memory_format=torch.channels_last),
+    "torch.compile": lambda unet: unet.compile(dynamic=False),
+}
+
+
 class Training:
     """A U-Net with adapters, their optimizer, and a batch that never changes.
 
@@ -90,10 +101,11 @@ class Training:
         kind: "riemannion" or "adamw".
         anchored: adapters hold a frozen start beside the trained point, as Riemannion's do.
         device: of everything.
+        way: key of `WAYS`.
     """
 
     def __init__(
-        self, size: Size, rank: int, kind: str, anchored: bool, device: torch.device
+        self, size: Size, rank: int, kind: str, anchored: bool, device: torch.device, way: str = ""
     ) -> None:
         self.device, self.before = device, _allocated(device)
         torch.manual_seed(0)
@@ -102,6 +114,8 @@ class Training:
         self.pairs = attach_lora(self.unet, rank, ATTENTION_TARGETS, init=start)
         self.factors = [factor for pair in self.pairs for factor in (pair.left, pair.right)]
         self.optimizer = _optimizer(kind, self.pairs, self.factors)
+        if way:
+            WAYS[way](self.unet)
         with device:
             shape = (size.batch, 4, size.latents, size.latents)
             self.latents, self.noise = torch.randn(shape), torch.randn(shape)
@@ -119,10 +133,11 @@ class Training:
         """What a step of the training loop does, without reading anything back."""
         self.gradients()
         if isinstance(self.optimizer, Riemannion):
-            norm = self.optimizer.tangent_grad_norm().to(self.device)
+            # Not clipped, by default.
+            self.optimizer.tangent_grad_norm(for_step=True)
         else:
             norm = nn.utils.get_total_norm([f.grad for f in self.factors if f.grad is not None])
-        nn.utils.clip_grads_with_norm_(self.factors, 1.0, norm.float())
+            nn.utils.clip_grads_with_norm_(self.factors, 1.0, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -155,7 +170,9 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def measure(size: Size, rank: int, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    size: Size, rank: int, device: torch.device, seconds: float, ways: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Time Riemannion and AdamW side by side at one rank, and print.
 
     Args:
@@ -163,6 +180,7 @@ def measure(size: Size, rank: int, device: torch.device, seconds: float) -> list
         rank: of the adapters; Riemannion's hold 2r columns.
         device: of everything.
         seconds: for each timing.
+        ways: keys of `WAYS`; each adds a training by AdamW on a plain LoRA.
 
     Returns:
         Rows of the file.
@@ -171,6 +189,9 @@ def measure(size: Size, rank: int, device: torch.device, seconds: float) -> list
         "riemannion": Training(size, rank, "riemannion", True, device),
         PLAIN: Training(size, rank, "adamw", False, device),
         "adamw, same adapters": Training(size, rank, "adamw", True, device),
+    }
+    trainings |= {
+        f"{PLAIN}, {way}": Training(size, rank, "adamw", False, device, way) for way in ways
     }
     for training in trainings.values():
         training.warm_up()
@@ -202,6 +223,56 @@ def measure(size: Size, rank: int, device: torch.device, seconds: float) -> list
     return rows
 
 
+def state_bytes(kind: str, rank: int, shapes: Sequence[Shape]) -> int:
+    """Bytes that an optimizer keeps between steps, counted after one of them.
+
+    Args:
+        kind: "riemannion" or "adamw".
+        rank: of the layers.
+        shapes: of the layers.
+
+    Returns:
+        Of all tensors of its state.
+    """
+    pairs = make_pairs(shapes, rank, torch.device("cpu"))
+    factors = [factor for pair in pairs for factor in (pair.left, pair.right)]
+    optimizer = Riemannion(pairs, lr=1e-3) if kind == "riemannion" else AdamW(factors, fused=True)
+    optimizer.step()
+    kept = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
+    return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
+
+
+def state_table(
+    ranks: Sequence[int], measured: Path = MEASURED, shapes: Sequence[Shape] = SD2_SHAPES
+) -> str:
+    """What a state of 8 bits or bf16 could save at most.
+
+    Args:
+        ranks: of the layers.
+        measured: file of `benchmarks.throughput` with the peak memory of whole trainings.
+        shapes: of the layers.
+
+    Returns:
+        A line for each rank and optimizer.
+    """
+    found = json.loads(measured.read_text("utf-8"))
+    peaks = {row["name"]: row["peak_gib"] * 2**30 for row in found["rows"]}
+    layers = sum(count for *_, count in shapes)
+    lines = [
+        f"state of {layers} layers, beside the peak memory of a whole training of rank {found['rank']} "
+        f"({found['device']}, batch {found['batch_size']}, {found['resolution']} px)",
+        f"{'':<22} {'fp32 MiB':>9} {'of peak':>8} {'bf16 saves':>11} {'8 bits save':>12}",
+    ]
+    for rank in ranks:
+        for kind, name in (("riemannion", "Riemannion + LOI"), ("adamw", "AdamW")):
+            kept, peak = state_bytes(kind, rank, shapes), peaks[f"dreamrie, {name}"]
+            share = kept / peak
+            lines.append(
+                f"{f'rank {rank}, {kind}':<22} {kept / 2**20:9.1f} {share:8.2%} {share / 2:11.2%} {share * 3 / 4:12.2%}"
+            )
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the numbers.
 
@@ -213,14 +284,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="full", help="of the U-Net")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64], help="of the adapters")
     parser.add_argument("--seconds", type=float, default=2.5, help="for each timing")
+    parser.add_argument(
+        "--ways", choices=list(WAYS), nargs="*", default=[], help="also run the U-Net in these ways"
+    )
+    parser.add_argument("--state", action="store_true", help="print the size of the state alone")
     parser.add_argument("--output", type=Path, default=SUMMARY, help="file for the numbers, JSON")
     options = parser.parse_args(argv)
+    if options.state:
+        print(state_table(options.ranks))
+        return
     device, size = torch.device(options.device), SIZES[options.size]
     facts = machine(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     found: list[dict[str, Any]] = []
     for rank in options.ranks:
-        found += measure(size, rank, device, options.seconds)
+        found += measure(size, rank, device, options.seconds, options.ways)
         # The trainings refer to themselves; without this the next rank would not fit beside them.
         gc.collect()
     content = {**facts, "size": options.size, "batch": size.batch, "rows": found}

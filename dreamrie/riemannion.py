@@ -29,21 +29,18 @@ from dreamrie.riemannion_groups import (
     group_of_pairs,
     learning_rate,
     load_exactly,
-    tangent_norm,
 )
 from dreamrie.riemannion_layers import (
     Batch,
     Layer,
     anchor_of,
     are_own,
-    by_shape,
     enter_point,
     layers_of,
-    read_all,
     scaling_of,
-    with_gradients,
 )
 from dreamrie.riemannion_maps import mapped_direction, noise_numbers
+from dreamrie.riemannion_reading import Reading, marks_of, norm_of, read_groups
 from dreamrie.riemannion_rows import keep_rows, on_host, write_factors_
 from dreamrie.riemannion_sharing import shared_steps
 from dreamrie.riemannion_step import (
@@ -133,6 +130,9 @@ class Riemannion(Optimizer):
         groups = given if isinstance(given[0], dict) else [{"pairs": given}]
         super().__init__(groups, defaults)
 
+    _reading: Reading | None = None
+    """What the norm has read for the next step."""
+
     team: Team = ALONE
     """The processes that share the work, see `share_work`."""
 
@@ -195,14 +195,7 @@ class Riemannion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = read_all(
-            [
-                layers
-                for group in self.param_groups
-                for layers in by_shape(with_gradients(layers_of(group)))
-            ],
-            self.state,
-        )
+        batches = self._batches()
         results = list(self._results(batches))
         skipped: list[Layer] = []
         reports = on_host(batches, results)
@@ -210,6 +203,13 @@ class Riemannion(Optimizer):
             skipped += self._commit(batch, result, report)
         self._count_skips(skipped)
         return loss
+
+    def _batches(self) -> list[Batch]:
+        """What a step starts from: the reading of the norm, if there is one and nothing has changed since."""
+        kept, self._reading = self._reading, None
+        if kept is not None and kept.marks.still_hold(marks_of(self.param_groups, self.state)):
+            return kept.batches
+        return read_groups(self.param_groups, self.state)
 
     def _results(self, batches: list[Batch]) -> Iterable[StepResult]:
         """Step each batch, alone or with the team; nothing is written."""
@@ -287,21 +287,25 @@ class Riemannion(Optimizer):
     @torch.no_grad()
     def spectra(self) -> dict[str, Tensor]:
         """Return the singular values of X of each layer, (r,) descending, by name; copies."""
+        layers = [layer for group in self.param_groups for layer in layers_of(group)]
         result: dict[str, Tensor] = {}
-        for group in self.param_groups:
-            for layer in layers_of(group):
-                if are_own([layer], self.state)[0]:
-                    values = self.state[layer.tall.parameter]["singular_values"]
-                else:
-                    values = enter_point([layer]).s[0]
-                result[layer.name] = values.detach().clone()
+        for layer, own in zip(layers, are_own(layers, self.state), strict=True):
+            if own:
+                values = self.state[layer.tall.parameter]["singular_values"]
+            else:
+                values = enter_point([layer]).s[0]
+            result[layer.name] = values.detach().clone()
         return result
 
     @torch.no_grad()
-    def tangent_grad_norm(self) -> Tensor:
+    def tangent_grad_norm(self, *, for_step: bool = False) -> Tensor:
         """Return the norm of the Riemannian gradient over all layers, a scalar.
 
         Unlike the norm of the factor gradients it depends on the products alone, and the frozen anchor does not enter.
+
+        Args:
+            for_step: keep what was read for the next `step`, which then reads nothing again. A change of factors,
+                gradients or state in between is noticed, and all is read anew, unless it was written through `.data`.
 
         Returns:
             sqrt(sum of |g_left|^2 + |g_right|^2) over layers with gradients; NaN or Inf when one is not finite.
@@ -310,6 +314,7 @@ class Riemannion(Optimizer):
             ConfigError: as in `step`.
             NumericalError: a layer holds non-finite factors.
         """
-        return tangent_norm(
-            [x for group in self.param_groups for x in layers_of(group)], self.state
-        )
+        batches = read_groups(self.param_groups, self.state)
+        if for_step:
+            self._reading = Reading(batches, marks_of(self.param_groups, self.state))
+        return norm_of(batches)

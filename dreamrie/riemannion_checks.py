@@ -50,6 +50,11 @@ def check_pair(pair: LoraPairLike, who: str = "Riemannion") -> None:
     """Raise ConfigError, naming the pair, when it cannot be a layer of the optimizer `who`."""
     left, right = pair.left, pair.right
     total = pair.rank + pair.anchor_rank
+    if getattr(pair, "magnitude", None) is not None:
+        raise ConfigError(
+            f"{who}: {pair.name} has a magnitude (DoRA), which rescales the rows of the weight: its change is no "
+            "longer the product of the factors, which this optimizer moves. Attach with use_dora=False, or use adamw."
+        )
     if is_spread(left) or is_spread(right):
         raise ConfigError(
             f"{who}: {pair.name} has factors that are spread over processes, and a step needs all of both. Leave the "

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dreamrie.errors import ConfigError, NumericalError
-from dreamrie.fixed_rank import remove_component
 from dreamrie.riemannion_checks import LoraPairLike, check_pair
 from dreamrie.riemannion_layers import Layer, State, by_shape, read_all, with_gradients
+from dreamrie.riemannion_reading import norm_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,17 +152,7 @@ def tangent_norm(layers: list[Layer], state: State) -> Tensor:
     Returns:
         sqrt(sum of |g_left|^2 + |g_right|^2); NaN or Inf when a gradient is not finite. Errors are those of `read`.
     """
-    batches = read_all(by_shape(with_gradients(layers)), state)
-    squares = []
-    for batch in batches:
-        normal = remove_component(batch.state.u, batch.gradient_v)
-        squares.append(normal.square().sum() + batch.gradient_t_u.square().sum())
-    if not squares:
-        return torch.zeros((), dtype=torch.float64)
-    # On the device of the layers: nothing waits for it here.
-    device = squares[0].device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([square.to(device, wide) for square in squares]).sum().sqrt()
+    return norm_of(read_all(by_shape(with_gradients(layers)), state))
 
 
 def store_(entry: dict[str, Any], key: str, value: Tensor) -> None:

@@ -71,6 +71,24 @@ def test_the_command_writes_a_row_for_each_contender(tmp_path: Path) -> None:
     assert all(row["median_ms"] >= row["fastest_ms"] > 0 for row in content["rows"])
 
 
+def test_the_state_is_counted_and_compared_with_a_measured_peak(tmp_path: Path) -> None:
+    """AdamW keeps two numbers in fp32 for each of the (m + n) r of a layer, and a count for each factor."""
+    shapes = ((24, 16, 3), (8, 16, 1))
+    numbers = 3 * 40 * 2 + 24 * 2
+    kept = unet.state_bytes("adamw", 2, shapes)
+    assert kept == 4 * (2 * numbers + 8)
+    rows = [
+        {"name": f"dreamrie, {name}", "peak_gib": kept * 8 / 2**30}
+        for name in ("AdamW", "Riemannion + LOI")
+    ]
+    facts = {"rank": 4, "device": "a card", "batch_size": 4, "resolution": 512, "rows": rows}
+    (tmp_path / "measured.json").write_text(json.dumps(facts))
+    lines = unet.state_table([2], tmp_path / "measured.json", shapes).splitlines()
+    assert "rank 4 (a card, batch 4, 512 px)" in lines[0]
+    assert lines[3].split()[-3:] == ["12.50%", "6.25%", "9.38%"]
+    assert lines[2].startswith("rank 2, riemannion")
+
+
 @pytest.mark.slow
 def test_a_small_unet_is_trained_by_each_contender(tmp_path: Path) -> None:
     """The U-Net benchmark at reduced size: both timings of three contenders, 128 layers."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from benchmarks import sd2_folder, throughput
+from benchmarks import sd2_folder, throughput, watched
 from benchmarks.unet import SIZES, make_unet
 from tests.contracts.sources import ROOT
 
@@ -73,6 +73,42 @@ def test_ratios_refer_to_the_first_row() -> None:
     ]
     last = throughput.table(rows).splitlines()[-1].split()
     assert last == ["ours", "100.0", "40.00", "2.00", "6.00", "0.75"]
+
+
+def test_the_parts_of_a_step_and_the_rest_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is set here: 1 s of batch twice, 4 s of optimizer, 3 s of nothing."""
+    clock = iter([0.0, 1.0, 2.0, 2.5, 3.5, 4.0, 8.0, 9.0, 9.0])
+    monkeypatch.setattr(watched, "_spent", lambda: next(clock))
+    parts = watched.Parts()
+    batch, optimizer = parts.timed("batch", lambda number: number), parts.timed("optimizer", int)
+    end = parts.timed(watched.PARTS[-1][0], int)
+    assert [batch(7), batch(8), optimizer(), end()] == [7, 8, 0, 0]
+    (step,) = parts.steps
+    assert step["batch"] == 2
+    assert step["optimizer"] == 4
+    assert step[watched.WHOLE] == 9
+    assert step[watched.REST] == 3
+
+
+def test_the_fastest_of_each_part_counts() -> None:
+    """What comes in some steps only is spread over all of them; the sum is the whole."""
+    last = watched.PARTS[-1][0]
+    first = {"batch": 0.002, "optimizer": 0.010, last: 0.0, watched.REST: 0.001}
+    second = {"batch": 0.004, "optimizer": 0.006, last: 0.004, watched.REST: 0.001}
+    found = throughput.fastest_parts([first, second])
+    assert found == pytest.approx(
+        {"batch": 2, "optimizer": 6, last: 2, watched.REST: 1, watched.WHOLE: 11}
+    )
+    assert list(found) == ["batch", "optimizer", last, watched.REST, watched.WHOLE]
+    text = throughput.parts_table(throughput.Result("ours", 11, 1, 1, found))
+    assert text.splitlines()[2].split() == ["optimizer", "6.00", "ms", "54.5%"]
+    assert throughput.fastest_parts([]) == {}
+
+
+def test_every_part_is_something_the_loop_calls() -> None:
+    """A method that is renamed would be missed in silence."""
+    for name, owner, method in watched.PARTS:
+        assert callable(getattr(owner, method)), name
 
 
 def test_the_folder_is_a_pipeline_of_sd2(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreamrie import riemannion_rows
+from dreamrie import riemannion, riemannion_rows
 from dreamrie.riemannion import Riemannion
 from tests.small_optimizer import stepped
 from tests.strategies import (
@@ -200,7 +201,9 @@ def test_spectra_and_floor_hits() -> None:
     pairs = make_pairs()
     optimizer = Riemannion(pairs, lr=0.02, sigma_floor=1e-3)
     for _ in range(2):
-        spectra = optimizer.spectra()
+        with mock.patch.object(riemannion, "are_own", side_effect=riemannion.are_own) as asked:
+            spectra = optimizer.spectra()
+        assert asked.call_count == 1  # the device is waited for once, not once a layer
         assert list(spectra) == [pair.name for pair in pairs]
         for pair in pairs:
             wanted = torch.linalg.svdvals(pair.x)[: pair.rank]

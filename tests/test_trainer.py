@@ -36,6 +36,7 @@ from dreamrie.trainer import (
     sigterm_as_ctrl_c,
     train,
 )
+from dreamrie.trainer.spectra import as_lists
 from tests.small_task import RANK, SmallTask, train_small
 
 
@@ -121,6 +122,20 @@ def test_spectra_of_plain_adapters_and_convolutions() -> None:
         dense = next(pair for pair in pairs if pair.name == name).delta()
         assert values == pytest.approx(torch.linalg.svdvals(dense)[:2].tolist(), rel=1e-5)
         assert values[0] > 0.1
+
+
+def test_spectra_of_broken_factors_are_refused() -> None:
+    pairs = attach_lora(torch.nn.Sequential(torch.nn.Linear(8, 11)), 2, ["0"])
+    with torch.no_grad():
+        pairs[0].right[1, 3] = float("inf")
+    with pytest.raises(NumericalError, match="not finite"):
+        change_spectra(pairs)
+
+
+def test_vectors_of_all_lengths_are_read_together() -> None:
+    given = {"a": torch.rand(3), "b": torch.rand(1, dtype=torch.float64), "c": torch.rand(2)}
+    assert as_lists(given) == {name: vector.tolist() for name, vector in given.items()}
+    assert as_lists({}) == {}
 
 
 def test_the_adapter_is_saved_once_at_the_end(tmp_path: Path) -> None:

@@ -28,12 +28,13 @@ def share_start_(team: Team, pairs: Sequence[LoraPair]) -> None:
     """
     if team.size == 1:
         return
-    factors = [factor.detach() for pair in pairs for factor in (pair.left, pair.right)]
+    names = [pair.name for pair in pairs for _ in pair.parameters]
+    factors = [part.detach() for pair in pairs for part in pair.parameters]
     own = [factor.clone() for factor in factors]
     team.copy_first_(factors)
     differs = [
-        pairs[number // 2].name
-        for number, (mine, first) in enumerate(zip(own, factors, strict=True))
+        name
+        for name, mine, first in zip(names, own, factors, strict=True)
         if float((mine - first).abs().max()) > _ROUNDING * float(first.abs().max())
     ]
     if team.total(len(differs), factors[0].device):

@@ -39,7 +39,7 @@ from dreamrie.trainer.control import (
 from dreamrie.trainer.joint import joint_mean_, share_start_
 from dreamrie.trainer.saving import Checkpoints, Progress, Saver
 from dreamrie.trainer.scoring import BestKeeper, Scorer, Verdict, scored_folder
-from dreamrie.trainer.spectra import change_spectra
+from dreamrie.trainer.spectra import as_lists, change_spectra
 from dreamrie.trainer.task import LoopSettings, Task, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class _Loop:
         start (docs/method.md 3); the tangent norm has no such part.
         """
         if isinstance(self.optimizer, Riemannion):
-            return torch.as_tensor(self.optimizer.tangent_grad_norm())
+            return self.optimizer.tangent_grad_norm(for_step=True)
         if isinstance(self.optimizer, PairOptimizer):
             return torch.as_tensor(self.optimizer.gradient_norm())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -124,7 +124,7 @@ class _Loop:
             skip = "loss"
         elif not math.isfinite(norm_value):
             skip, broken = "gradient", self.layers_without_finite_gradient()
-        elif self.settings.max_grad_norm is not None:
+        elif self.settings.max_grad_norm is not None and norm_value > self.settings.max_grad_norm:
             limit = self.settings.max_grad_norm
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm.to(loss))
         if skip is None:
@@ -157,7 +157,7 @@ class _Loop:
         """Names of the layers to look at, in the order of the model."""
         names = []
         for pair in self.task.pairs:
-            gradients = [p.grad for p in (pair.left, pair.right) if p.grad is not None]
+            gradients = [p.grad for p in pair.parameters if p.grad is not None]
             if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 names.append(pair.name)
         return names
@@ -227,7 +227,7 @@ class _Loop:
         """Singular values of the change of every layer, and of the moving point if there is one."""
         values = {"change": change_spectra(self.task.pairs)}
         if isinstance(self.optimizer, Riemannion):
-            values["point"] = {name: s.tolist() for name, s in self.optimizer.spectra().items()}
+            values["point"] = as_lists(self.optimizer.spectra())
         self.log.spectrum(step, **values)
 
     @property

@@ -33,6 +33,7 @@ class Estimate:
         looks: pictures and scores on the way.
         peak_bytes: of the GPU's allocator; without a GPU, of the whole process.
         on_gpu: which of the two.
+        compiling: seconds of torch.compile, 0 without it.
     """
 
     start: float
@@ -40,11 +41,14 @@ class Estimate:
     looks: float
     peak_bytes: int
     on_gpu: bool
+    compiling: float = 0.0
 
     def describe(self) -> list[str]:
         """Two lines for a person: time by parts, and memory."""
-        total = self.start + self.steps + self.looks
+        total = self.start + self.compiling + self.steps + self.looks
         parts = f"initialization {self.start:.0f}, steps {self.steps:.0f}, pictures and scores {self.looks:.0f}"
+        if self.compiling:
+            parts += f", torch.compile {self.compiling:.0f}"
         place = "on the GPU" if self.on_gpu else "of the process"
         return [
             f"time: about {total:.0f} s after loading ({parts}), from steps done here",

@@ -116,7 +116,7 @@ class Saver:
         counters["last_loss"] = loss if math.isfinite(loss) else None
         return {
             "progress": counters,
-            "adapter": {pair.name: [pair.left, pair.right] for pair in self.task.pairs},
+            "adapter": {pair.name: list(pair.parameters) for pair in self.task.pairs},
             "optimizer": self.optimizer.state_dict(),
             "loss_scale": None if scaler is None else scaler.state_dict(),
             "scorer": None if self.scorer is None else self.scorer.state(),
@@ -174,10 +174,8 @@ class Saver:
         state = checkpoint.state
         self._check_facts(checkpoint)
         saved = state["adapter"]
-        shapes = {pair.name: [pair.left.shape, pair.right.shape] for pair in self.task.pairs}
-        if shapes != {
-            name: [factor.shape for factor in factors] for name, factors in saved.items()
-        }:
+        shapes = {pair.name: [part.shape for part in pair.parameters] for pair in self.task.pairs}
+        if shapes != {name: [part.shape for part in parts] for name, parts in saved.items()}:
             raise CheckpointError(
                 f"{checkpoint.path.name} is of an adapter with other layers or ranks."
             )
@@ -189,9 +187,7 @@ class Saver:
             ) from error
         with torch.no_grad():
             for pair in self.task.pairs:
-                for parameter, values in zip(
-                    (pair.left, pair.right), saved[pair.name], strict=True
-                ):
+                for parameter, values in zip(pair.parameters, saved[pair.name], strict=True):
                     parameter.copy_(values)
         if self.accelerator.scaler is not None and state["loss_scale"]:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])

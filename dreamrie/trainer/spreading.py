@@ -61,6 +61,19 @@ def spread_base(accelerator: Accelerator, task: Task, config: AnyConfig) -> None
 def _check(config: AnyConfig, processes: int) -> None:
     """Every process must ask for the same blocks at the same moments, and none has the whole base."""
     values, adapter = config.loop_values(), config.adapter
+    if getattr(config.model, "torch_compile", False):
+        raise ConfigError(
+            _refusal(
+                "torch.compile would meet weights that are put together anew for every step",
+                "leave --torch_compile out",
+            )
+        )
+    if adapter.use_dora:
+        raise ConfigError(
+            _refusal(
+                "DoRA needs the rows of whole base weights in every step", "leave --use_dora out"
+            )
+        )
     if values.get("validation_steps") or values.get("score_steps"):
         raise ConfigError(
             _refusal(

@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dreamrie.config import LlmConfig, config_of
+from dreamrie.config import LlmConfig, config_of, parse_config
 from dreamrie.errors import ConfigError
 from dreamrie.lora.fingerprint import base_fingerprint, rounded_fingerprints
 from dreamrie.riemannion import Riemannion
@@ -27,6 +27,7 @@ from tests.contracts.test_counts import functions_of
 from tests.distributed.gloo import on_processes
 from tests.distributed.test_commands import flags, launch, settings_in
 from tests.llm.small_task import LanguageTask
+from tests.small_settings import NEEDED
 from tests.strategies import F32, make_pairs
 
 GOOD: dict[str, Any] = {"model": "m", "data": ["d"], "loi_batches": 4}
@@ -53,6 +54,13 @@ def test_settings_that_need_the_whole_base_are_refused(
         spread_base(TWO, task, config)
     for word in (*words, "where: FSDP", "examples/accelerate/ddp.yaml"):
         assert word in str(caught.value)
+
+
+def test_a_compiled_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    task: Any = None
+    with pytest.raises(ConfigError, match="leave --torch_compile out"):
+        spread_base(TWO, task, parse_config([*NEEDED, "--torch_compile"]))
 
 
 def test_a_quantized_base_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
