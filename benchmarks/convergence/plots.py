@@ -85,7 +85,8 @@ def _steps(axes: Any, rows: Sequence[Row], steps: Sequence[int], words: str) -> 
             steps, row.curve[1], row.curve[2], color=style["color"], alpha=0.12, linewidth=0
         )
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(xlabel="optimizer steps", ylabel=words)
+    axes.set(xlabel="optimizer steps", ylabel="gain", title=words)
+    axes.title.set_fontsize(8)
 
 
 def _rates(axes: Any, series: Mapping[str, Series], words: str) -> None:
@@ -110,7 +111,8 @@ def _rates(axes: Any, series: Mapping[str, Series], words: str) -> None:
     # A rate that breaks the training would leave no room for the others.
     top = max(one.finals.max() for one in series.values())
     axes.set_ylim(bottom=max(axes.get_ylim()[0], -top))
-    axes.set(xlabel="learning rate, in multiples of the method's best", ylabel=words)
+    axes.set(xlabel="learning rate, in multiples of the method's best", ylabel="gain", title=words)
+    axes.title.set_fontsize(8)
 
 
 def _ranks(axes: Any, by_rank: Mapping[int, Mapping[str, Series]], words: str) -> None:

@@ -277,6 +277,17 @@ def grids_of(records: Records, measure: Measure) -> dict[int, Grid]:
     return found
 
 
+def _plane(records: Records, shown: Grid, tuning: Grid, folder: Path) -> None:
+    """Draw the image/text plane on the units that all of its methods have."""
+    both = collect(records, list(shown))
+    chosen = {
+        place[0]: one.lrs.index(tuning[place].lrs[tuning[place].best])
+        for place, one in both.items()
+        if place in tuning and tuning[place].lrs[tuning[place].best] in one.lrs
+    }
+    plots.plot_plane(plane(records, both), chosen, folder / "convergence-plane.png")
+
+
 def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> None:
     """Print tables and targets, draw the figures.
 
@@ -317,17 +328,13 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
         over = test if len(test) > 1 else tuned
         figures.ranks(
             {r: {place[0]: one for place, one in found.items()} for r, found in over.items()},
-            WORDS[measure],
+            f"{WORDS[measure]} ({'test' if len(test) > 1 else 'tuning'} concepts)",
         )
-        if rank in test:
-            figures.rates({place[0]: one for place, one in test[rank].items()}, WORDS[measure])
+        part = "test" if rank in test else "tuning"
+        shown = {"test": test, "tuning": tuned}[part].get(rank)
+        if shown:
+            named = {place[0]: one for place, one in shown.items()}
+            figures.rates(named, f"{WORDS[measure]} ({part} concepts)")
             if measure == "score":
-                chosen = {
-                    place[0]: one.lrs.index(tuning[place].lrs[tuning[place].best])
-                    for place, one in test[rank].items()
-                    if place in tuning
-                }
-                plots.plot_plane(
-                    plane(files["test"], test[rank]), chosen, folder / "convergence-plane.png"
-                )
+                _plane(files[part], shown, tuning, folder)
     figures.save()
