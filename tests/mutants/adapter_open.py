@@ -54,7 +54,7 @@ def scaling_in_half_precision(change: LowRank, scaling: float) -> LowRank:
     return LowRank((change.left * scaling).half(), change.right)
 
 
-def every_kind_is_lora(container: Any) -> None:
+def every_kind_is_lora(container: Any, **_: object) -> None:
     """Tensors of other formulas are looked over."""
 
 
