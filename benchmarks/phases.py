@@ -30,7 +30,7 @@ from dreamrie.files import write_atomic
 from dreamrie.optimizers import build_optimizer
 from dreamrie.riemannion import Riemannion
 
-SUMMARY = Path(__file__).resolve().parent / "results" / "phases-cpu.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 PLAIN = "adamw, LoRA of rank r"
 CONTENDERS = {
     "riemannion": ("--optimizer", "riemannion", "--init", "loi"),
@@ -200,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4], help="of the adapters")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each training")
     parser.add_argument("--config", default="examples/demo.yaml", help="settings")
-    parser.add_argument("--output", type=Path, default=SUMMARY, help="file for the numbers, JSON")
+    parser.add_argument(
+        "--output", type=Path, help="file for the numbers; default phases-DEVICE.json"
+    )
     options, extra = parser.parse_known_args(argv)
     device = torch.device(options.device)
     torch.set_num_threads(1)
@@ -217,8 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"\n{options.config}, rank {rank}, {options.rounds} rounds\n{table(rows)}", flush=True
         )
         found += [{"rank": rank, **row} for row in rows]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.output, (json.dumps({**facts, "rows": found}, indent=1) + "\n").encode())
+    output = options.output or RESULTS / f"phases-{device.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, (json.dumps({**facts, "rows": found}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dreamrie.fixed_rank import remove_component
 from dreamrie.riemannion_layers import (
     Batch,
     State,
@@ -97,16 +98,15 @@ def norm_of(batches: Sequence[Batch]) -> Tensor:
     Returns:
         sqrt(sum of |g_left|^2 + |g_right|^2), a scalar; NaN or Inf when a gradient is not finite.
     """
-    parts = []
+    squares = []
     for batch in batches:
-        core = batch.state.u.mT @ batch.gradient_v
-        parts += [batch.gradient_v, batch.gradient_t_u, core]
-    if not parts:
+        # Not |G v|^2 - |u^T G v|^2, which saves a product: the error of u^T G v, which depends on where in memory the
+        # tensors lie, would enter in first order, and logs have to be the same to the byte.
+        normal = remove_component(batch.state.u, batch.gradient_v)
+        squares.append(normal.square().sum() + batch.gradient_t_u.square().sum())
+    if not squares:
         return torch.zeros((), dtype=torch.float64)
     # On the device of the layers: nothing waits for it here.
-    device = parts[0].device
+    device = squares[0].device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    norms = [norm.to(device) for norm in torch._foreach_norm(parts)]
-    squares = torch.stack(norms).to(wide).square()
-    # |g_left|^2 = |G v|^2 - |u^T G v|^2. The difference loses no digits of the sum, in which |G^T u| is the larger one.
-    return (squares.sum() - 2 * squares[2::3].sum()).sqrt()
+    return torch.stack([square.to(device, wide) for square in squares]).sum().sqrt()

@@ -168,10 +168,11 @@ def test_curves_are_trained_at_the_best_learning_rates_of_the_tuning_file() -> N
     assert [cell[1:4] for cell in found] == [
         (rank, lr, seed) for seed in (0, 1) for rank, lr in ((4, 1e-2), (8, 1e-3), (8, 1e-2))
     ]
-    swept = _cells(
-        "sweeps", "--methods", "adamw", "--ranks", "4", "--settings", "decay", tuned=tuned
-    )
-    assert [cell[2:] for cell in swept[:2]] == [(1e-2, 0, ""), (1e-2, 0, "decay=0.01")]
+    swept = _cells("sweeps", "--methods", "adamw", "--ranks", "4", tuned=tuned)
+    # Momentum, start and decay are Riemannion's.
+    settings = [cell.setting for cell in swept]
+    assert settings[:2] == ["", "schedule=constant"]
+    assert {setting.partition("=")[0] for setting in settings} == {"", "schedule", "guidance"}
     with pytest.raises(SystemExit, match=r"run tuning --methods muon --ranks 8"):
         _cells("curves", "--methods", "muon", "--ranks", "8", tuned=tuned)
 

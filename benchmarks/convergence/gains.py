@@ -9,7 +9,7 @@ A training that draws blank pictures gains nothing: what is left then is the bas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,12 +82,6 @@ class Series:
     lrs: list[float]
     units: list[Unit]
     values: Array
-
-    def only(self, concepts: Iterable[str]) -> Series:
-        """The same with some of the concepts."""
-        wanted = set(concepts)
-        keep = [place for place, unit in enumerate(self.units) if unit[0] in wanted]
-        return Series(self.lrs, [self.units[place] for place in keep], self.values[:, keep])
 
     @property
     def finals(self) -> Array:

@@ -141,13 +141,22 @@ def sweep_plan(
     Returns:
         The default, then each value, for the first seed; then for the others.
     """
-    varied = [f"{name}={value}" for name in settings for value in SWEEPS[name]]
+    varied = [(name, f"{name}={value}") for name in settings for value in SWEEPS[name]]
     return [
         Cell(method, rank, lr, seed, setting)
         for seed in seeds
-        for setting in ("", *varied)
+        for name, setting in (("", ""), *varied)
         for (method, rank), lr in best.items()
+        if _has_setting(method, name)
     ]
+
+
+def _has_setting(method: str, name: str) -> bool:
+    """Whether a setting of `SWEEPS` makes a difference to a method; "" is none."""
+    known = parse_method(method)
+    if name == "batches":
+        return known.init == "loi"
+    return known.optimizer == "riemannion" or name in {"", "schedule", "guidance"}
 
 
 def missing(

@@ -56,11 +56,20 @@ def reset_magnitudes_(pairs: Iterable[LoraPair]) -> None:
 
     Args:
         pairs: those without a magnitude are left alone.
+
+    Raises:
+        ConfigError: a row is zero, so it has no direction.
     """
     for pair in pairs:
         if pair.magnitude is not None:
             weight = pair.as_matrix(pair.base_weight.detach())
-            pair.magnitude.copy_(row_norms(weight.double() + pair.delta().double()))
+            norms = row_norms(weight.double() + pair.delta().double())
+            if not bool(norms.all()):
+                raise ConfigError(
+                    f"use_dora: layer {pair.name!r} has {int((norms == 0).sum())} rows of zeros, which have no "
+                    "direction to scale. Leave it out of target_modules, or use_dora out."
+                )
+            pair.magnitude.copy_(norms)
 
 
 def check_dora(init: str, layers: Mapping[str, nn.Module]) -> None:

@@ -230,26 +230,18 @@ def lora_pairs(
         _read_pair(name, layer, chosen) for name, layer in layers if chosen in _adapters_of(layer)
     ]
     if not use_dora:
-        refuse_magnitudes(pairs, "lora_pairs without use_dora=True")
+        _refuse_magnitudes(pairs)
     return pairs
 
 
-def refuse_magnitudes(pairs: Iterable[LoraPair], who: str) -> None:
-    """What takes the product of the factors for the change of the weight cannot take DoRA.
-
-    Args:
-        pairs: any.
-        who: that cannot, for the message.
-
-    Raises:
-        ConfigError: a pair has a magnitude.
-    """
+def _refuse_magnitudes(pairs: Iterable[LoraPair]) -> None:
+    """What takes the product of the factors for the change of the weight cannot take DoRA."""
     for pair in pairs:
         if pair.magnitude is not None:
             raise ConfigError(
                 f"layer {pair.name!r}, adapter {pair.adapter_name!r}: DoRA's magnitude rescales the rows of the "
-                f"weight, so its change is not the product of the factors, and {who} takes that product. "
-                "Use LoraConfig(use_dora=False)."
+                f"weight, so its change is not the product of the factors. Use lora_pairs(..., use_dora=True) for what "
+                "does not need that product, or LoraConfig(use_dora=False)."
             )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dreamrie.errors import ConfigError
-from dreamrie.run_folder import check_not_in_use
+from dreamrie.run_folder import check_not_in_use, lock_folder
 from dreamrie.sweeps.record import LOG, SETTINGS, Record, read_record, write_record
 
 PATIENCE_S = 120.0
@@ -58,12 +58,47 @@ def wait_until_free(folder: Path, patience_s: float = PATIENCE_S) -> bool:
     while True:
         try:
             check_not_in_use(folder)
+            check_not_in_use(_desk(folder))
         except ConfigError:
             if time.monotonic() > deadline:
                 return False
             time.sleep(_LOOK_S)
         else:
             return True
+
+
+def _desk(folder: Path) -> Path:
+    """What a child locks for all of its life: the run's own lock is free while it loads and when it writes its end."""
+    path = folder / ".sweep"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def alone(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Wait for an earlier child of this run, and keep later ones waiting.
+
+    Args:
+        folder: of the run.
+        patience_s: seconds after which to give up.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: the other one did not end.
+    """
+    deadline = time.monotonic() + patience_s
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock_folder(_desk(folder)))
+                break
+            except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_S)
+        yield
 
 
 def end_with(pipe: int, end: Callable[[], None]) -> threading.Thread:
@@ -124,9 +159,8 @@ def main(argv: Sequence[str]) -> None:
     with (folder / LOG).open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    wait_until_free(folder)
-    sys.argv = [module, *argv[2:], *words_of(folder)]
-    with recorded(folder):
+    with alone(folder), recorded(folder):
+        sys.argv = [module, *argv[2:], *words_of(folder)]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -60,17 +60,18 @@ class _Dask:
     def give(self, slot: int, words: Sequence[str]) -> None:
         """Submit it to the one worker that has this slot, also after that was started again."""
         self._given += 1
-        future = self._client.submit(
-            subprocess.call,
-            list(words),
-            # Nobody writes into it: the program sees its end when the worker is gone.
-            stdin=subprocess.PIPE,
-            # Ctrl-C at a terminal is for the sweep, whose end stops workers and programs.
-            start_new_session=True,
-            key=f"training-{self._given}",
-            resources={_resource(slot): 1},
-            pure=False,
-        )
+        with _told():
+            future = self._client.submit(
+                subprocess.call,
+                list(words),
+                # Nobody writes into it: the program sees its end when the worker is gone.
+                stdin=subprocess.PIPE,
+                # Ctrl-C at a terminal is for the sweep, whose end stops workers and programs.
+                start_new_session=True,
+                key=f"training-{self._given}",
+                resources={_resource(slot): 1},
+                pure=False,
+            )
         self._slots[future.key] = slot
         self._flying.add(future)
 
@@ -78,7 +79,8 @@ class _Dask:
         """The next of those that fly."""
         from distributed import KilledWorker
 
-        future = next(self._flying)
+        with _told():
+            future = next(self._flying)
         slot = self._slots.pop(future.key)
         if future.status != "error":
             return slot, int(future.result())
@@ -156,17 +158,25 @@ def start_engine(
         "distributed.scheduler.http.routes": [],
         "distributed.worker.http.routes": [],
     }
-    try:
-        with _silenced("distributed"), dask.config.set(settings):
+    with _silenced("distributed"), dask.config.set(settings):
+        with _told():
             cluster = SpecCluster(
                 workers=workers, scheduler=scheduler, security=security, silence_logs=_QUIET
             )
-            client = None
-            try:
+        client = None
+        try:
+            with _told():
                 client = Client(cluster, security=security)
-                yield _Dask(client)
-            finally:
-                _close(cluster, client)
+            yield _Dask(client)
+        finally:
+            _close(cluster, client)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of the engine itself, not of its user, become messages."""
+    try:
+        yield
     except (OSError, TimeoutError) as error:
         raise CheckpointError(f"the engine of the sweep cannot go on: {error}") from error
 

@@ -19,7 +19,8 @@ TASKS: dict[str, type[TrainConfig] | type[LlmConfig]] = {
     "llm": LlmConfig,
 }
 # The sweep decides on these: each run has a folder of its own, and goes on whenever it can.
-OWN = frozenset({"output_dir", "hub_model_id", *RunSettings.model_fields})
+# A repository of the Hub would have to have a name of its own for each run: `python -m dreamrie push` afterwards.
+OWN = frozenset({"output_dir", "hub_model_id", "push_to_hub", *RunSettings.model_fields})
 # A file name has 255 bytes at most, and run folders are read by people.
 _LONGEST_NAME, _LONGEST_PART = 150, 40
 
@@ -50,7 +51,7 @@ class Parts:
             if key not in KEYS
         ]
         task = content.get("task", "dreambooth")
-        if task not in TASKS:
+        if not isinstance(task, str) or task not in TASKS:
             problems.append(f"task cannot be {task!r}: give {' or '.join(TASKS)}")
             task = "dreambooth"
         base, base_source = content.get("base") or {}, f"{path}, base"
@@ -59,7 +60,7 @@ class Parts:
             base = read_yaml(Path(base).expanduser(), f"base: {base} in {path}")
             # A file of settings names a folder of its own; here each run gets one.
             base = {name: value for name, value in base.items() if name != "output_dir"}
-        if not isinstance(base, dict):
+        if not isinstance(base, dict) or not all(isinstance(name, str) for name in base):
             problems.append(
                 "base is neither a list of `name: value` lines nor the path of such a file"
             )

@@ -280,6 +280,7 @@ def fuzzed(client: Client) -> Iterator[tuple[dict[str, Any], list[Any], Any]]:
         yield event, [*usual, *usual], None
 
 
+@pytest.mark.slow
 def test_odd_calls_are_answered_politely_and_touch_nothing(server: Server) -> None:
     """Whatever comes instead of what the page sends: no file beside the data changes, no answer names a path."""
     fenced = (server.data.parent / "beside", ROOT / "app")

@@ -130,11 +130,12 @@ def test_the_configurations_are_read_by_accelerate(name: str, kind: str) -> None
 
 
 def test_the_page_on_scale_cites_tests_that_exist() -> None:
-    """Each promise of docs/scale.md has its test in this folder."""
+    """Each promise of docs/scale.md has its test, in this folder or in that of the sweeps."""
     page = (ROOT / "docs" / "scale.md").read_text("utf-8")
     cited = set(re.findall(r"`((?:law|test)_\w+)`", page))
     assert len(cited) > 6
-    here = [functions_of(path) for path in Path(__file__).parent.glob("test_*.py")]
+    files = [ROOT / "tests" / name for name in ("distributed", "sweeps")]
+    here = [functions_of(path) for folder in files for path in folder.glob("*.py")]
     assert cited - {name for names in here for name in names} == set()
 
 

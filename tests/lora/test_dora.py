@@ -228,3 +228,12 @@ def test_pairs_with_a_magnitude_are_given_to_those_who_ask() -> None:
     again = lora_pairs(model, use_dora=True)
     assert [id(pair.magnitude) for pair in again] == [id(pair.magnitude) for pair in pairs]
     assert all(len(pair.parameters) == 3 for pair in again)
+
+
+def test_a_row_of_zeros_has_no_direction() -> None:
+    """Its magnitude would divide nothing by nothing in the first step."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight[1].zero_()
+    with pytest.raises(ConfigError, match="'0' has 1 rows of zeros"):
+        attach_lora(model, 1, ["0"], init="default", use_dora=True)

@@ -100,7 +100,7 @@ MUTANTS = [
     Mutant(
         "a training does not wait for the one that stops",
         STOPS,
-        lambda: replaced(child, wait_until_free=lambda folder: True),
+        lambda: replaced(child, alone=lambda folder: contextlib.nullcontext()),
         "it is refused its folder, and counts as failed",
     ),
     Mutant(

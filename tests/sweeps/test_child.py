@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dreamrie.errors import ConfigError
 from dreamrie.run_folder import lock_folder
 from dreamrie.sweeps import child
 from dreamrie.sweeps.record import Record, last_error, read_record, write_record
@@ -97,6 +98,11 @@ def test_a_folder_in_use_is_waited_for_and_given_up(tmp_path: Path) -> None:
     assert child.wait_until_free(tmp_path, 0.0)
     with lock_folder(tmp_path):
         assert not child.wait_until_free(tmp_path, 0.0)
+    # A child that loads, or writes down its end, holds no lock of the run.
+    with child.alone(tmp_path):
+        assert not child.wait_until_free(tmp_path, 0.0)
+        with pytest.raises(ConfigError, match="another run"), child.alone(tmp_path, 0.0):
+            raise AssertionError("two children at once")
     assert child.wait_until_free(tmp_path, 0.0)
 
 

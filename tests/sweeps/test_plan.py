@@ -103,7 +103,10 @@ def test_all_bad_entries_are_named_at_once(tmp_path: Path, pictures: Path) -> No
     [
         ("conzepts: []", "conzepts is not a part of a sweep: did you mean concepts?"),
         ("task: pictures", "task cannot be 'pictures': give dreambooth or llm"),
+        ("task: [llm]", "task cannot be ['llm']"),
         ("base: 3", "base is neither"),
+        ("base: {1: 2}", "base is neither"),
+        ("base: {push_to_hub: true}", "base: push_to_hub is decided by the sweep"),
         ("concepts: {name: dog}", "concepts is not a list"),
         ("concepts: [{rank: 4}]", "concept 1 has no name"),
         ("concepts: [{name: a}, {name: a}]", "concept a is there twice"),
