@@ -318,6 +318,7 @@ def test_the_same_order_draws_the_same_pixels(painter: DrawingProcess, tmp_path:
     assert len(set(seen(orders[0] / "1.png")[0])) > 20, "a picture, not one color"
 
 
+@pytest.mark.slow
 def test_a_real_drawing_stops_within_two_seconds(painter: DrawingProcess, tmp_path: Path) -> None:
     """And the same process draws the next order."""
     draw(painter, picture(tmp_path, 1, "a duck", steps=1))

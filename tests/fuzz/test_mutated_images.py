@@ -78,6 +78,7 @@ def test_more_damaged_pictures(
     check(10_000, tmp_path, record_property)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: a decoder that crashes, or takes all memory, is seen, and the files behind it are tried too."""
     program = (
