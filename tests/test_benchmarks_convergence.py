@@ -51,6 +51,9 @@ def test_names_of_methods() -> None:
     assert parse_method("adamw+pissa") == Method("adamw+pissa", "adamw", "pissa")
     mapped = Method("riemannion:namo", "riemannion", "loi", "namo")
     assert parse_method("riemannion:namo") == mapped
+    full = Method("riemannion@0:namo+orthonormal", "riemannion", "orthonormal", "namo", 0.0)
+    assert parse_method("riemannion@0:namo+orthonormal") == full
+    assert parse_method("adamw@0.5") == Method("adamw@0.5", "adamw", "default", None, 0.5)
     # 0.1 / sqrt(4) = 0.05, and ten steps of 0.02 are more.
     assert parse_method("riemannion").start_scale(4, 0.001) == pytest.approx(0.05)
     assert parse_method("riemannion").start_scale(4, 0.02) == pytest.approx(0.2)
@@ -67,6 +70,9 @@ def test_names_of_methods() -> None:
         ("adamw+eva", "wants the start 'eva'"),
         ("riemannion+default", "cannot go on from"),
         ("lorafa+loi", "cannot go on from"),
+        ("adamw@1", "momentum 1; it is a number from 0 to below 1"),
+        ("riemannion@0.90", "and not 0.9, which riemannion has without a word"),
+        ("riemannion:namo@0.5", "no optimizer 'riemannion:namo@0.5'"),
     ],
 )
 def test_a_method_that_cannot_be_is_refused(name: str, words: str) -> None:
@@ -124,12 +130,12 @@ def test_shared_things_are_made_once_before_the_first_stack_that_needs_them() ->
 
 
 def test_a_sweep_changes_one_setting_at_the_best_learning_rate() -> None:
-    cells = sweep_plan(("momentum", "schedule"), {("riemannion+loi", 4): 2e-2}, (0, 1))
+    cells = sweep_plan(("decay", "schedule"), {("riemannion+loi", 4): 2e-2}, (0, 1))
     assert {cell[:3] for cell in cells} == {("riemannion+loi", 4, 2e-2)}
     settings = [cell.setting for cell in cells if cell.seed == 0]
-    assert settings[:3] == ["", "momentum=0.0", "momentum=0.5"]
+    assert settings[:3] == ["", "decay=0.01", "decay=0.1"]
     assert settings[-2:] == ["schedule=constant", "schedule=linear"]
-    assert [setting_of(cell) for cell in cells[:2]] == [("", ""), ("momentum", "0.0")]
+    assert [setting_of(cell) for cell in cells[:2]] == [("", ""), ("decay", "0.01")]
     assert len(cells) == 2 * len(settings)
     cells = sweep_plan(("batches",), {("riemannion+loi", 8): 2e-2}, (0,))
     starts = [job for job in jobs_of([(cell, ("owl",)) for cell in cells]) if job.kind == "start"]

@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     trains.add_argument("--output", type=Path, help="JSON; default below benchmarks/results")
     trains.add_argument(
-        "--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[:MAP][+INIT]"
+        "--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[@MOMENTUM][:MAP][+INIT]"
     )
     trains.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="main one first")
     trains.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from dreamrie.config.method import usual_init, usual_start_scale
@@ -28,6 +29,8 @@ CENTRES = {
 }
 # Elementwise, in few launches; the others factor many small matrices, for which a processor is quicker than a GPU.
 ELEMENTWISE = {"adamw", "sgd", "loraplus"}
+# Adam's first beta is its momentum; the library leaves it at torch's default.
+_ADAM_MOMENTUM = dict.fromkeys(("adamw", "loraplus", "lorafa", "rprec_adamw"), 0.9)
 DEFAULT = ("adamw", "riemannion+loi")
 GRID, DECADES = 7, 2.0
 
@@ -37,16 +40,18 @@ class Method:
     """What a name stands for.
 
     Attributes:
-        name: `OPTIMIZER`, `OPTIMIZER:MAP`, `OPTIMIZER+INIT` or `OPTIMIZER:MAP+INIT`.
+        name: `OPTIMIZER[@MOMENTUM][:MAP][+INIT]`.
         optimizer: key of `dreamrie.optimizer_table.OPTIMIZERS`.
         init: start of the adapters, `loi` or as `dreamrie.attach_lora` takes it.
         core_map: key of `dreamrie.core_maps.CORE_MAPS` for an optimizer that has them.
+        momentum: that of the optimizer, the first beta of Adam; None is its default.
     """
 
     name: str
     optimizer: str
     init: str
     core_map: str | None = None
+    momentum: float | None = None
 
     @property
     def is_elementwise(self) -> bool:
@@ -67,12 +72,12 @@ def parse_method(name: str) -> Method:
     Raises:
         SystemExit: there is no such optimizer or start, or they do not go together.
     """
-    left, _, init = name.partition("+")
-    optimizer, _, core_map = left.partition(":")
+    parts = re.fullmatch(r"([^@:+]*)(?:@([0-9.]+))?(?::([^@:+]*))?(?:\+([^@:+]*))?", name)
+    optimizer, momentum, core_map, init = parts.groups() if parts else (name, None, None, None)
     if optimizer not in OPTIMIZERS:
         raise SystemExit(
             f"--methods: there is no optimizer {optimizer!r} in {name!r}; known: {', '.join(OPTIMIZERS)}. A method is "
-            "OPTIMIZER[:MAP][+INIT]"
+            "OPTIMIZER[@MOMENTUM][:MAP][+INIT]"
         )
     start, entry = init or usual_init(optimizer), OPTIMIZERS[optimizer]
     if start not in INITS or (INITS[start].needs == "batches" and start != "loi"):
@@ -87,7 +92,26 @@ def parse_method(name: str) -> Method:
         raise SystemExit(
             f"--methods: {name!r} wants the spectral map {core_map!r}; riemannion has {', '.join(CORE_MAPS)}"
         )
-    return Method(name, optimizer, start, core_map or None)
+    return Method(name, optimizer, start, core_map or None, _momentum(name, optimizer, momentum))
+
+
+def usual_momentum(optimizer: str) -> float | None:
+    """Default momentum, the first beta of Adam; None where there is none."""
+    own = OPTIMIZERS[optimizer].momentum
+    return _ADAM_MOMENTUM.get(optimizer) if own is None else own
+
+
+def _momentum(name: str, optimizer: str, text: str | None) -> float | None:
+    """Momentum of a name, which must be another than the default, or one method had two names."""
+    if text is None:
+        return None
+    usual = usual_momentum(optimizer)
+    if usual is None or not 0 <= float(text) < 1 or float(text) == usual:
+        raise SystemExit(
+            f"--methods: {name!r} wants the momentum {text}; it is a number from 0 to below 1, and not {usual}, which "
+            f"{optimizer} has without a word"
+        )
+    return float(text)
 
 
 def grid(centre: float, count: int = GRID) -> list[float]:

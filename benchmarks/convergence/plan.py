@@ -19,14 +19,13 @@ MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 SWEEPS: dict[str, tuple[float | str, ...]] = {
     "alpha": (0.1, 0.3, 3.0, 10.0),
     "batches": (1, 8, 128),
-    "momentum": (0.0, 0.5, 0.8, 0.95, 0.98),
     "decay": (0.01, 0.1, 1.0),
     "schedule": ("constant", "linear"),
     "match_rms": (1.0,),
     "guidance": (1.0, 2.0, 7.0),
 }
 """Settings of riemannion that can be varied, without the defaults: start in multiples of the default, LOI batches,
-momentum, decay, schedule, and match_rms: learning rates in proportion to sqrt(m n), so that the entries of a step are
+decay, schedule, and match_rms: learning rates in proportion to sqrt(m n), so that the entries of a step are
 of one size in all layers; and the guidance of the pictures, of any method."""
 PARTS = ("tuning", "test", "curves", "sweeps")
 """Files of the bench: every learning rate on the tuning concepts; the same on the test concepts; the best of the first
@@ -41,7 +40,7 @@ class Cell(NamedTuple):
         rank: r.
         lr: peak learning rate.
         seed: of start, pictures, noise and timesteps.
-        setting: one changed setting, such as "momentum=0.95", or nothing.
+        setting: one changed setting, such as "decay=0.1", or nothing.
     """
 
     method: str

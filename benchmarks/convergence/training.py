@@ -22,6 +22,7 @@ from benchmarks.convergence.stacked import Bank, run_on_graph
 from benchmarks.convergence.subjects import HELD_BATCHES, LOI_BATCHES, Rows, Subjects
 from dreamrie.errors import NumericalError
 from dreamrie.lora import LoraPair
+from dreamrie.optimizer_table import OPTIMIZERS
 from dreamrie.optimizers import build_optimizer
 from dreamrie.trainer.control import schedule_factor
 
@@ -187,17 +188,22 @@ class Stack:
             sizes = [(len(pair.left) * pair.right.shape[1]) ** 0.5 for pair in pairs]
             mean = sum(sizes) / len(sizes)
             parts = [([pair], size / mean) for pair, size in zip(pairs, sizes, strict=True)]
-        return [
+        has_momentum = OPTIMIZERS[method.optimizer].momentum is not None
+        made = [
             build_optimizer(
                 method.optimizer,
                 layers,
                 lr=cell.lr * factor,
                 weight_decay=float(value) if name == "decay" else 0.0,
-                momentum=float(value) if name == "momentum" else None,
+                momentum=method.momentum if has_momentum else None,
                 **({"core_map": method.core_map} if method.core_map else {}),
             )
             for layers, factor in parts
         ]
+        if method.momentum is not None and not has_momentum:
+            for group in (group for one in made for group in one.param_groups):
+                group["betas"] = (method.momentum, group["betas"][1])
+        return made
 
 
 class Learning:
