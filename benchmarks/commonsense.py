@@ -4,9 +4,10 @@
 
 FOLDER holds TASK.train.jsonl and TASK.test.jsonl. Every method sees the same examples in as many steps of the same
 batch, at rank r; AdamW at rank 2r as well, because the change that riemannion leaves behind has rank up to 2r. Each has
-as many learning rates to choose from; the choice is by accuracy on rows held back from training, with a seed that no
-result uses. Then each trains with three other seeds at its own choice, and the test rows are asked. Answers are by
-likelihood. The start of riemannion looks at some batches of those examples before the first step.
+as many learning rates to choose from; the choice is by the likelihood of the right answers to rows held back from
+training, with a seed that no result uses. Then each trains with three other seeds at its own choice, and the test rows
+are asked. Answers are by likelihood. The start of riemannion looks at some batches of those examples before the first
+step.
 
 What --output holds already is not measured again, so the command can be stopped at any time and given again.
 """
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -36,10 +38,12 @@ from dreamrie.llm.models import ALIASES
 from dreamrie.llm.paired import difference, mcnemar
 
 RESULTS = Path(__file__).resolve().parent / "results" / "commonsense-smollm2.json"
-# Two decades in steps of a factor 2.15.
+# Two decades in steps of a factor 2.15, around what was best before; the units of the methods differ.
 RATES = (1e-4, 2.15e-4, 4.64e-4, 1e-3, 2.15e-3, 4.64e-3, 1e-2)
+SPECTRAL_RATES = (4.64e-4, 1e-3, 2.15e-3, 4.64e-3, 1e-2, 2.15e-2, 4.64e-2)
 NAMES = {
-    "riemannion": Method("riemannion, LOI, r", "riemannion", 1, RATES),
+    "riemannion": Method("riemannion, LOI, r", "riemannion", 1, SPECTRAL_RATES),
+    "riemannion-0.9": Method("riemannion, momentum 0.9, LOI, r", "riemannion", 1, RATES, 0.9),
     "adamw": Method("adamw, r", "adamw", 1, RATES),
     "adamw-2r": Method("adamw, 2r", "adamw", 2, RATES),
 }
@@ -53,25 +57,23 @@ Found = dict[str, dict[str, Any]]
 
 def methods_of(names: Sequence[str], rates: int) -> tuple[Method, ...]:
     """Keys of `NAMES`, the first to be compared with the others, with 7, 4, 3 or 2 rates, both ends among them."""
-    kept = RATES[:: (len(RATES) - 1) // (rates - 1)]
-    return tuple(dataclasses.replace(NAMES[name], rates=kept) for name in names)
+    found = [NAMES[name] for name in names]
+    apart = (len(RATES) - 1) // (rates - 1)
+    return tuple(dataclasses.replace(one, rates=one.rates[::apart]) for one in found)
 
 
 def tuning(methods: Sequence[Method]) -> list[Run]:
     """Every method at each of its learning rates."""
-    return [
-        Run(m, rate, TUNING_SEED, HELD_BACK) for rate in RATES for m in methods if rate in m.rates
-    ]
+    places = range(len(methods[0].rates))
+    return [Run(m, m.rates[place], TUNING_SEED, HELD_BACK) for place in places for m in methods]
 
 
 def best_rate(method: Method, found: Found) -> float:
-    """Learning rate with the best mean accuracy on the held-back rows; of equal ones the likelier answers win."""
+    """Learning rate with the likeliest right answers to the held-back rows, which are too few to count right ones."""
 
-    def merit(rate: float) -> tuple[float, float]:
+    def merit(rate: float) -> float:
         entry = found[Run(method, rate, TUNING_SEED, HELD_BACK).key]
-        if "failed" in entry:
-            return -1.0, 0.0
-        return mean_accuracy(accuracies_of(entry)), entry["log_probability"]
+        return -math.inf if "failed" in entry else float(entry["log_probability"])
 
     return max(method.rates, key=merit)
 
@@ -185,27 +187,31 @@ def report(methods: Sequence[Method], found: Found, settings: Mapping[str, Any])
 
 
 def tuning_table(methods: Sequence[Method], found: Found) -> list[str]:
-    """Held-back accuracy at each learning rate; the chosen one is marked, and so is a choice at the edge."""
-    raw = mean_accuracy(accuracies_of(found[RAW[HELD_BACK].key]))
+    """Both measures at each learning rate; the chosen one is marked, and so is a choice at the edge."""
     lines = [
-        f"Held-back rows, mean accuracy in percent, seed {TUNING_SEED}; raw model {100 * raw:.1f}"
-    ]
-    lines += [
+        f"Held-back rows, seed {TUNING_SEED}: mean log-probability of the right answer (mean accuracy in percent)",
         "",
-        "| method | " + " | ".join(f"{rate:g}" for rate in methods[0].rates) + " | chosen |",
+        "| method | learning rate: log-probability (accuracy) | chosen |",
+        "| --- | --- | --- |",
+        f"| raw model | {_both(found[RAW[HELD_BACK].key])} | |",
     ]
-    lines.append("| --- |" + " --- |" * (len(methods[0].rates) + 1))
     for method in methods:
-        cells, best = [], best_rate(method, found)
-        for rate in method.rates:
-            entry = found[Run(method, rate, TUNING_SEED, HELD_BACK).key]
-            share = "failed"
-            if "failed" not in entry:
-                share = f"{100 * mean_accuracy(accuracies_of(entry)):.1f}"
-            cells.append(share)
+        best = best_rate(method, found)
+        cells = [
+            f"{rate:g}: {_both(found[Run(method, rate, TUNING_SEED, HELD_BACK).key])}"
+            for rate in method.rates
+        ]
         edge = " (edge)" if best in (method.rates[0], method.rates[-1]) else ""
-        lines.append(f"| {method.name} | " + " | ".join(cells) + f" | {best:g}{edge} |")
+        lines.append(f"| {method.name} | {', '.join(cells)} | {best:g}{edge} |")
     return lines
+
+
+def _both(entry: Mapping[str, Any]) -> str:
+    """Log-probability and accuracy of one run."""
+    if "failed" in entry:
+        return "failed"
+    share = mean_accuracy(accuracies_of(entry))
+    return f"{entry['log_probability']:.2f} ({100 * share:.1f})"
 
 
 def test_table(methods: Sequence[Method], found: Found) -> list[str]:

@@ -10,13 +10,20 @@ from unittest import mock
 import pytest
 
 from benchmarks import commonsense, commonsense_runs
-from benchmarks.commonsense import NAMES, RATES, RAW, TEST_SEEDS, TUNING_SEED
+from benchmarks.commonsense import (
+    NAMES,
+    RATES,
+    RAW,
+    SPECTRAL_RATES,
+    TEST_SEEDS,
+    TUNING_SEED,
+)
 from benchmarks.commonsense_runs import HELD_BACK, TEST, Run
 from dreamrie.errors import ConfigError
 from dreamrie.llm.data import Example
 from tests.llm import small
 
-METHODS = commonsense.methods_of(list(NAMES), len(RATES))
+METHODS = commonsense.methods_of(["riemannion", "adamw", "adamw-2r"], len(RATES))
 
 
 def entry(right: int, of: int = 20, log_probability: float = -5.0) -> dict[str, Any]:
@@ -32,17 +39,15 @@ def results(best: dict[str, float]) -> dict[str, dict[str, Any]]:
     found = {run.key: entry(8) | {"constant": {"boolq": 0.6}} for run in RAW.values()}
     for place, method in enumerate(METHODS):
         for rate in method.rates:
-            right = 12 if rate == best[method.name] else 9
-            found[Run(method, rate, TUNING_SEED, HELD_BACK).key] = entry(right)
+            likely = -5.0 if rate == best[method.name] else -6.0
+            found[Run(method, rate, TUNING_SEED, HELD_BACK).key] = entry(12, log_probability=likely)
         for seed in TEST_SEEDS:
             run = Run(method, best[method.name], seed, TEST)
             found[run.key] = entry(16 - 2 * place + seed % 2)
     return found
 
 
-BEST = {
-    method.name: rate for method, rate in zip(METHODS, (RATES[2], RATES[0], RATES[3]), strict=True)
-}
+BEST = {method.name: method.rates[place] for method, place in zip(METHODS, (2, 0, 3), strict=True)}
 
 
 SETTINGS = {"model": "m", "precision": "fp32", "answers": "text", "tasks": ["piqa", "boolq"]} | {
@@ -54,32 +59,34 @@ SETTINGS = {"model": "m", "precision": "fp32", "answers": "text", "tasks": ["piq
 
 def test_methods_are_tuned_alike() -> None:
     """As many rates, over two decades, with a seed that no result uses."""
-    assert {len(method.rates) for method in METHODS} == {7}
-    for method in METHODS:
+    every = commonsense.methods_of(list(NAMES), len(RATES))
+    assert {len(method.rates) for method in every} == {7}
+    for method in every:
         assert method.rates[-1] / method.rates[0] == pytest.approx(100)
         steps = [b / a for a, b in zip(method.rates, method.rates[1:], strict=False)]
         assert steps == pytest.approx([100 ** (1 / 6)] * 6, rel=0.01)
     assert TUNING_SEED not in TEST_SEEDS
-    assert {run.part for run in commonsense.tuning(METHODS)} == {HELD_BACK}
-    assert len({run.key for run in commonsense.tuning(METHODS)}) == 21
+    assert {run.part for run in commonsense.tuning(every)} == {HELD_BACK}
+    assert len({run.key for run in commonsense.tuning(every)}) == 28
 
 
 def test_fewer_methods_and_rates_are_a_part_of_all() -> None:
     """So that a larger comparison goes on from the results of a smaller one."""
     few = commonsense.methods_of(["adamw", "riemannion"], 4)
     assert [method.name for method in few] == ["adamw, r", "riemannion, LOI, r"]
-    assert {method.rates for method in few} == {(RATES[0], RATES[2], RATES[4], RATES[6])}
-    whole = {run.key for run in commonsense.tuning(METHODS)}
-    assert {run.key for run in commonsense.tuning(few)} < whole
+    for method, whole in zip(few, (RATES, SPECTRAL_RATES), strict=True):
+        assert method.rates == (whole[0], whole[2], whole[4], whole[6])
+    keys = {run.key for run in commonsense.tuning(METHODS)}
+    assert {run.key for run in commonsense.tuning(few)} < keys
 
 
 def test_the_rate_is_chosen_by_held_back_rows() -> None:
-    """Of equal accuracies the likelier answers win; a failed training never does."""
+    """The likelier answers win, however many are right; a failed training never does."""
     found = results(BEST)
     method = METHODS[1]
     assert commonsense.best_rate(method, found) == RATES[0]
     key = Run(method, RATES[4], TUNING_SEED, HELD_BACK).key
-    found[key] = entry(12, log_probability=-4.0)
+    found[key] = entry(9, log_probability=-4.0)
     assert commonsense.best_rate(method, found) == RATES[4]
     found[key] = {"device": "cpu", "failed": "the loss was not finite"}
     assert commonsense.best_rate(method, found) == RATES[0]
@@ -91,7 +98,7 @@ def test_the_rate_is_chosen_by_held_back_rows() -> None:
 def test_the_tables_say_what_was_measured() -> None:
     lines = commonsense.report(METHODS, results(BEST), SETTINGS).splitlines()
     assert lines[0] == "m, fp32, answers by text, 5 steps of 2 examples, r = 3; piqa, boolq; on cpu"
-    assert lines[2].endswith("raw model 40.0")
+    assert "| raw model | -5.00 (40.0) | |" in lines
     rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
     assert rows["adamw, r - raw model"].startswith("| adamw, r - raw model | +33.3 (")
     assert rows["riemannion, LOI, r - adamw, 2r"].startswith(
@@ -103,7 +110,9 @@ def test_the_tables_say_what_was_measured() -> None:
     assert any(
         line.startswith("| adamw, r | 73.3 | 73.3 | 73.3 (66.2 to 80.5) |") for line in lines
     )
-    assert "| 0.0001 (edge) |" in "\n".join(lines)
+    held = next(line for line in lines if line.startswith("| adamw, r | 0.0001"))
+    assert held.startswith("| adamw, r | 0.0001: -5.00 (60.0), 0.000215: -6.00 (60.0), ")
+    assert held.endswith(" | 0.0001 (edge) |")
     assert (
         "Answering boolq the same always, as most of its training rows, is right on 60.0 %."
         in lines

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=PARTS,
         help="tuning: every learning rate on the tuning concepts; test: the same on the test concepts; curves: the "
         "learning rates that are best in the tuning file, by score and by loss, on the test concepts, scored on the "
-        "way; sweeps: at that of the score, one setting after the other varied on the tuning concepts",
+        "way; sweeps: at that of the loss, one setting after the other varied on the tuning concepts",
     )
     trains.add_argument("--output", type=Path, help="JSON; default below benchmarks/results")
     trains.add_argument(
@@ -109,7 +109,7 @@ def cells_of(options: argparse.Namespace, tuned: Records) -> list[Cell]:
         places = [(m, r) for r in options.ranks for m in options.methods]
         best = [best_rates(tuned, places, measure) for measure in MEASURES]
         if options.part == "sweeps":
-            return sweep_plan(options.settings, best[0], options.seeds)
+            return sweep_plan(options.settings, best[MEASURES.index("loss")], options.seeds)
         return best_cells(best, options.seeds)
     return plan(options.methods, options.ranks, options.seeds, centres, options.grid)
 
