@@ -38,7 +38,7 @@ def usual(embedded: bool) -> Usual:
     Returns:
         The values.
     """
-    return Usual(400, 4, 2e-2) if embedded else Usual(600, 4, 5e-4)
+    return Usual(400, 4, 5e-2) if embedded else Usual(600, 4, 1e-3)
 
 
 def prompt_of(subject: str) -> str:

@@ -188,30 +188,26 @@ def report(methods: Sequence[Method], found: Found, settings: Mapping[str, Any])
 
 def tuning_table(methods: Sequence[Method], found: Found) -> list[str]:
     """Both measures at each learning rate; the chosen one is marked, and so is a choice at the edge."""
+
+    def both(run: Run) -> str:
+        entry = found[run.key]
+        if "failed" in entry:
+            return "failed"
+        return f"{entry['log_probability']:.2f} ({100 * mean_accuracy(accuracies_of(entry)):.1f})"
+
     lines = [
         f"Held-back rows, seed {TUNING_SEED}: mean log-probability of the right answer (mean accuracy in percent)",
         "",
         "| method | learning rate: log-probability (accuracy) | chosen |",
         "| --- | --- | --- |",
-        f"| raw model | {_both(found[RAW[HELD_BACK].key])} | |",
+        f"| raw model | {both(RAW[HELD_BACK])} | |",
     ]
     for method in methods:
-        best = best_rate(method, found)
-        cells = [
-            f"{rate:g}: {_both(found[Run(method, rate, TUNING_SEED, HELD_BACK).key])}"
-            for rate in method.rates
-        ]
-        edge = " (edge)" if best in (method.rates[0], method.rates[-1]) else ""
+        best, rates = best_rate(method, found), method.rates
+        cells = [f"{rate:g}: {both(Run(method, rate, TUNING_SEED, HELD_BACK))}" for rate in rates]
+        edge = " (edge)" if best in (rates[0], rates[-1]) else ""
         lines.append(f"| {method.name} | {', '.join(cells)} | {best:g}{edge} |")
     return lines
-
-
-def _both(entry: Mapping[str, Any]) -> str:
-    """Log-probability and accuracy of one run."""
-    if "failed" in entry:
-        return "failed"
-    share = mean_accuracy(accuracies_of(entry))
-    return f"{entry['log_probability']:.2f} ({100 * share:.1f})"
 
 
 def test_table(methods: Sequence[Method], found: Found) -> list[str]:

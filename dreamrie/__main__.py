@@ -65,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 something needs attention, 2 something given cannot work, 130 stopped by Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["train-llm"]:
+        # Its flags are settings, as those of train_dreambooth.py; files need no reader of settings.
+        from dreamrie.config.reading import normalized
+
+        words = normalized(words)
     parser = make_parser(words[:1] if words and words[0] in COMMANDS else tuple(COMMANDS))
     options = parser.parse_args(words)
     if options.command is None:

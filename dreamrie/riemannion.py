@@ -78,12 +78,12 @@ class Riemannion(Optimizer):
     - fp16 factor gradients underflow for small singular values; use fp32 or bf16, or a GradScaler.
 
     Source: arXiv:2507.12142, Eqs. (10)-(12), Alg. 4 as corrected in docs/method.md 4.1. Deviations from the paper:
-    momentum is stored before msign; decay pulls to the anchor by default.
+    momentum is stored before msign, its default is 0.5 instead of 0.9; decay pulls to the anchor by default.
 
     Args:
         pairs: LoRA pairs (see `LoraPairLike`), or dicts {"pairs": [...], "lr": ...} for parameter groups.
         lr: spectral norm of the change of X per step, up to a factor in [1, 1.155]; a float or a one-element tensor.
-        momentum: heavy-ball factor in [0, 1).
+        momentum: heavy-ball factor in [0, 1); the paper has 0.9 (docs/optimizers.md measures both).
         weight_decay: decoupled, multiplied by lr.
         decay_to: "anchor": decay shrinks the exported change X - X0 (X itself without an anchor); "zero": always X.
         sigma_floor: smallest singular value kept in the state, > 0.
@@ -100,7 +100,7 @@ class Riemannion(Optimizer):
         self,
         pairs: Iterable[LoraPairLike] | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
+        momentum: float = 0.5,
         weight_decay: float = 0.0,
         *,
         decay_to: Literal["anchor", "zero"] = "anchor",

@@ -60,7 +60,7 @@ def prompt_line(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rank: 4\nseed: 1\nrank: 8\n", ["rank", "twice", "line 4"]),
+        ("rank: 4\nseed: 1\nrank: 8\n", ["rank", "twice", "line 4", "that line 2"]),
         ("rnak: 4\n", ["rnak", "did you mean rank?", "settings.yaml"]),
         ("rank: [4\n", ["YAML"]),
         ("- rank\n", ["name: value"]),

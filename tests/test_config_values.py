@@ -52,7 +52,7 @@ def test_dashes_and_underscores_are_the_same_flag() -> None:
 def test_resolved_settings_are_filled_in_and_read_back_equal(tmp_path: Path) -> None:
     config = parse_config([*NEEDED, "--rank", "9", "--validation_prompt", "a: b", "no", "1e-4"])
     assert config.optimizer.learning_rate == 1e-3
-    assert config.optimizer.momentum == 0.9
+    assert config.optimizer.momentum == 0.5
     assert config.optimizer.max_grad_norm == 0.0
     assert config.adapter.start_scale == pytest.approx(0.1 / 3)
     assert config.schedule.lr_warmup_steps == 20

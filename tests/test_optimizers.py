@@ -177,12 +177,12 @@ def test_riemannion_moves_the_product_by_the_learning_rate() -> None:
 
 def test_momentum_and_decay_reach_riemannion() -> None:
     task = SmallTask()
-    optimizer = build_optimizer("riemannion", task.pairs, lr=0.1, weight_decay=0.2, momentum=0.5)
+    optimizer = build_optimizer("riemannion", task.pairs, lr=0.1, weight_decay=0.2, momentum=0.7)
     assert isinstance(optimizer, Riemannion)
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.2, 0.5)
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.1, 0.2, 0.7)
     default = build_optimizer("riemannion", SmallTask().pairs, lr=0.1)
-    assert default.param_groups[0]["momentum"] == 0.9
+    assert default.param_groups[0]["momentum"] == 0.5
 
 
 @pytest.mark.parametrize("name", PLAIN)

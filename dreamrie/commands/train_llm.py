@@ -13,6 +13,7 @@ from typing import Any
 from dreamrie.config import LlmConfig, add_settings, read_config, to_yaml
 from dreamrie.llm.card import hand_over
 from dreamrie.llm.prepare import build_task, explain, read_request, run_facts
+from dreamrie.llm.rehearsal import rehearse
 from dreamrie.llm.resume import checkpoint_plan
 from dreamrie.llm.scorer import AccuracyScorer
 from dreamrie.run_folder import check_not_in_use
@@ -66,12 +67,14 @@ def train_with(config: LlmConfig, command: Sequence[str]) -> bool:
     request = read_request(config, accelerator.device)
     resume, config = find_resume(request.config)
     task = build_task(request, accelerator.num_processes)
-    if config.run.dry_run:
-        if accelerator.is_main_process:
-            sys.stdout.write(explain(request, task) + "\n")
-        return True
     facts = run_facts(request, task)
+    said = explain(request, task) if config.run.dry_run else ""
     spread_base(accelerator, task, config)
+    if config.run.dry_run:
+        found = rehearse(config, request, task, accelerator, resume.step if resume else 0)
+        if accelerator.is_main_process:
+            sys.stdout.write(f"{said}\n{found}\n")
+        return True
     optimizer, facts["initialization"] = start_adapter(config, task)
     folder = config.output.output_dir if accelerator.is_main_process else None
     board = config.output.logging_dir if config.output.report_to == "tensorboard" else None

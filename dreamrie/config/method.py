@@ -160,6 +160,21 @@ def usual_start_scale(name: str, rank: int, rate: float) -> float:
     return max(0.1 / rank**0.5, 10 * rate if OPTIMIZERS[name].bounded_step else 0.0)
 
 
+def usual_batches(init: str) -> int | None:
+    """Micro-batches that a start looks at, if no number is given.
+
+    Args:
+        init: its name.
+
+    Returns:
+        8 for loi, whose training gains nothing from more (docs/optimizers.md); 32 for the others that look at any, for
+        which that was not measured.
+    """
+    if INITS[init].needs != "batches":
+        return None
+    return 8 if init == "loi" else 32
+
+
 def follow_method(
     adapter: StartSettings, optimizer: OptimizerSettings
 ) -> dict[str, dict[str, object]]:
@@ -183,7 +198,11 @@ def follow_method(
             "momentum": entry.momentum,
             "max_grad_norm": entry.max_grad_norm,
         },
-        "adapter": {"init": init, "start_scale": start if init == "loi" else None},
+        "adapter": {
+            "init": init,
+            "start_scale": start if init == "loi" else None,
+            "loi_batches": usual_batches(init),
+        },
     }
 
 
@@ -216,8 +235,8 @@ def start_facts(adapter: StartSettings) -> str:
     """
     start = str(adapter.init)
     if adapter.init == "loi":
-        start += f", {adapter.loi_estimator} of {adapter.loi_batches} batches"
+        start += f", {adapter.loi_estimator} of {adapter.batches} batches"
         start += f", singular values {adapter.start_scale:g}" if adapter.start_scale else ""
     elif INITS[start].needs == "batches":
-        start += f" of {adapter.loi_batches} batches"
+        start += f" of {adapter.batches} batches"
     return f"{start}, DoRA" if adapter.use_dora else start

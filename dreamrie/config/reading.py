@@ -136,8 +136,15 @@ def add_settings(parser: argparse.ArgumentParser, kind: Kind, without: Sequence[
             )
 
 
-def _normalized(argv: Sequence[str]) -> list[str]:
-    """--dry-run is --dry_run; `--x -1e-3` is `--x=-1e-3`, which argparse takes for a flag."""
+def normalized(argv: Sequence[str]) -> list[str]:
+    """--dry-run is --dry_run; `--x -1e-3` is `--x=-1e-3`, which argparse takes for a flag.
+
+    Args:
+        argv: command line whose flags are settings.
+
+    Returns:
+        The same for argparse.
+    """
     words: list[str] = []
     for word in argv:
         if word.startswith("--"):
@@ -153,7 +160,7 @@ def _normalized(argv: Sequence[str]) -> list[str]:
 def _parse_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Values of the flags that were given."""
     try:
-        known, unknown = build_parser().parse_known_args(_normalized(argv))
+        known, unknown = build_parser().parse_known_args(normalized(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(
             message(str(error), "command line", "`--help` shows how to use it")

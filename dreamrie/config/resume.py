@@ -24,6 +24,7 @@ CHANGEABLE = frozenset(
 DERIVED = frozenset(
     {
         *("start_scale", "lr_warmup_steps", "max_grad_norm", "momentum", "init"),
+        "loi_batches",
         *("score_prompts", "score_encoders", "score_inference_steps", "token", "subject_class"),
     }
 )

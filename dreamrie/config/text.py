@@ -41,8 +41,28 @@ for _tag, _pattern, _first in (
     )
 
 
+def _refuse_repeats(node: yaml.Node, source: str) -> None:
+    """A second use of a key is an error, however deep: YAML itself would silently take the last one."""
+    if isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            _refuse_repeats(part, source)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                where = f"{source}, line {line}, and before that line {lines[name]}"
+                raise ConfigError(
+                    message(f"{key.value} is given twice", where, "keep one of the two")
+                )
+            lines[name] = line
+        _refuse_repeats(value, source)
+
+
 def _flat_mapping(node: yaml.Node | None, loader: _Loader, source: str) -> dict[str, Any]:
-    """Build the one mapping of a settings file; a second use of a key is an error."""
+    """Build the one mapping of a settings file."""
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -53,6 +73,7 @@ def _flat_mapping(node: yaml.Node | None, loader: _Loader, source: str) -> dict[
                 "write one setting per line, named as the flags are: `rank: 4`",
             )
         )
+    _refuse_repeats(node, source)
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         where = f"{source}, line {key_node.start_mark.line + 1}"
@@ -61,8 +82,6 @@ def _flat_mapping(node: yaml.Node | None, loader: _Loader, source: str) -> dict[
             raise ConfigError(
                 message(f"{key!r} is not the name of a setting", where, "use a flag's name")
             )
-        if key in values:
-            raise ConfigError(message(f"{key} is given twice", where, "keep one of the two lines"))
         values[key] = loader.construct_object(value_node, deep=True)
     return values
 

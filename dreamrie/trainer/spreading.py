@@ -92,10 +92,10 @@ def _check(config: AnyConfig, processes: int) -> None:
                 "give --init loi --loi_estimator sketch, or --init orthonormal",
             )
         )
-    if adapter.loi_batches % processes:
+    if adapter.batches % processes:
         raise ConfigError(
             _refusal(
-                f"{adapter.loi_batches} batches cannot be shared evenly by {processes} processes",
+                f"{adapter.batches} batches cannot be shared evenly by {processes} processes",
                 f"make --loi_batches a multiple of {processes}",
             )
         )

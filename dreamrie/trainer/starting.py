@@ -57,7 +57,7 @@ def _start(config: AnyConfig, task: StartingTask) -> str:
     adapter, name = config.adapter, str(config.adapter.init)
     if INITS[name].needs != "batches" or config.run.resume_from_checkpoint:
         return name
-    count, size = adapter.loi_batches, config.data.train_batch_size
+    count, size = adapter.batches, config.data.train_batch_size
     _log.info("start %s: from %d batches of %d ...", name, count, size)
     model: nn.Module = task.model
     return start_pairs(

@@ -55,6 +55,20 @@ def test_a_target_makes_its_environment_first(clone: Path, target: str, command:
     assert command in again
 
 
+def test_bench_times_another_script_where_one_is_named(clone: Path) -> None:
+    """That script cannot load the embedded model; without one a line says how to give it."""
+    alone, beside = (
+        run_make(clone, "-n", "bench", "VENV=/some", *words).stdout
+        for words in ((), ("SCRIPT=a b.py",))
+    )
+    assert "make bench SCRIPT=path/to/train_dreambooth_lora.py" in alone
+    assert "'embedded --mixed_precision no'" in alone
+    assert "--script" not in alone
+    assert "SCRIPT=" not in beside
+    assert "'small --mixed_precision no'" in beside
+    assert '-m benchmarks.throughput --size $size --script "a b.py"' in beside
+
+
 def test_an_environment_that_is_given_is_used_as_it_is(clone: Path) -> None:
     """Nothing is installed into somebody else's environment."""
     plan = run_make(clone, "-n", "test", "VENV=/somewhere").stdout

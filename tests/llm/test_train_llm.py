@@ -167,7 +167,7 @@ def test_a_second_run_moves_the_first_aside() -> None:
 def test_a_dry_run_says_what_would_happen(capsys: pytest.CaptureFixture[str]) -> None:
     with world() as values:
         words = ["--model", values["model"], "--data", *values["data"]]
-        words += ["--output_dir", values["output_dir"], "--max_train_steps", "5", "--dry_run"]
+        words += ["--output_dir", values["output_dir"], "--max-train-steps", "5", "--dry-run"]
         assert main(["train-llm", *words]) == 0
         text = capsys.readouterr().out
         assert not Path(values["output_dir"]).exists()

@@ -70,7 +70,7 @@ def law_o5_path_equals_dense(impl: Any) -> None:
             anchors = [
                 x if pair.anchor_rank else 0.0 for x, pair in zip(starts, pairs, strict=True)
             ]
-            optimizer = impl.Riemannion(pairs, lr=0.02, weight_decay=decay, decay_to=decay_to)
+            optimizer = impl.Riemannion(pairs, 0.02, 0.9, decay, decay_to=decay_to)
             path = run(optimizer, problem, 60)
             wanted = []
             for t in range(60):

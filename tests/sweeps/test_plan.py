@@ -124,9 +124,24 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, content: str, words: 
     assert words in refused(tmp_path, content)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("grid:\n  rank: [2]\n  seed: [1]\n  rank: [4]\n", "line 4, and before that line 2"),
+        ("concepts:\n- name: a\n  rank: 2\n  rank: 2\n", "line 4, and before that line 3"),
+        ("base: {rank: 1,\n  'rank': 2}", "line 2, and before that line 1"),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    """Wherever it stands; the message names it and both lines."""
+    said = refused(tmp_path, content)
+    assert said.startswith("rank is given twice\n  where: ")
+    assert words in said
+
+
 def test_one_training_under_two_names_is_refused(tmp_path: Path, pictures: Path) -> None:
     """A value that is the default anyway, and names that differ in case alone."""
-    content = {"concepts": [concept("dog", pictures)], "grid": {"momentum": [None, 0.9]}}
+    content = {"concepts": [concept("dog", pictures)], "grid": {"momentum": [None, 0.5]}}
     assert "are the same training" in refused(tmp_path, content)
     content = {"concepts": [concept("dog", pictures), concept("Dog", pictures)]}
     assert "Dog and dog would share a folder" in refused(tmp_path, content)

@@ -39,6 +39,7 @@ def test_parts_are_multiplied_out(
         action()
         return next(clock)
 
+    monkeypatch.setattr(parts, "timed", timed)
     monkeypatch.setattr(rehearsal, "timed", timed)
     monkeypatch.setattr(rehearsal, "step_seconds", lambda *_: 0.5)
     flags = ("--validation_prompt", PROMPT, "--validation_steps", 2, "--loi_batches", 6)
