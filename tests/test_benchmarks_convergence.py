@@ -71,7 +71,7 @@ def test_names_of_methods() -> None:
         ("riemannion+default", "cannot go on from"),
         ("lorafa+loi", "cannot go on from"),
         ("adamw@1", "momentum 1; it is a number from 0 to below 1"),
-        ("riemannion@0.90", "and not 0.9, which riemannion has without a word"),
+        ("riemannion@0.50", "and not 0.5, which riemannion has without a word"),
         ("riemannion:namo@0.5", "no optimizer 'riemannion:namo@0.5'"),
     ],
 )

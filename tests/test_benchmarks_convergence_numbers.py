@@ -22,7 +22,7 @@ from benchmarks.convergence.gains import (
 )
 from benchmarks.convergence.plan import Cell
 from benchmarks.convergence.records import Records
-from benchmarks.convergence.report import draw_and_print, main_rows, plane
+from benchmarks.convergence.report import best_of, draw_and_print, main_rows, plane
 from benchmarks.convergence.targets import plateau, row, steps_to, transfer
 
 # Image similarity 0.4 of 0.8, prompts followed: shares 0.5 and 1, harmonic mean 2/3.
@@ -161,6 +161,7 @@ def test_the_promises_of_made_up_curves() -> None:
         row(
             place[0],
             grid[place],
+            best_of(grid)[place],
             (grid[place], grid[ADAMW]),
             (both[place], both[ADAMW]),
             [0, 100, 200],
@@ -185,11 +186,12 @@ def test_the_learning_rate_is_chosen_on_tuning_concepts_alone() -> None:
     """0.1 on the tuning concepts, although 10 would be better on the others."""
     tuning, test = _series(1.0, 0.5, 0.0), _series(0.2, 0.4, 0.6)
     curve = _series(0.2, lrs=(0.1,))
-    found = row("muon", tuning, (test, test), (curve, curve), [0, 100])
+    lr = best_of({("muon", 4): tuning})["muon", 4]
+    found = row("muon", tuning, lr, (test, test), (curve, curve), [0, 100])
     assert (found.lr, found.at_edge) == (0.1, True)
     assert found.gain[0] == pytest.approx(0.2)
     assert not found.is_tuning
-    assert row("muon", tuning, None, (curve, curve), [0, 100]).is_tuning
+    assert row("muon", tuning, lr, None, (curve, curve), [0, 100]).is_tuning
     tuned = _records({"muon": {0.1: [0.3, 0.3], 1.0: [0.1, 0.1]}})
     assert best_rates(tuned, [("muon", 4)]) == {("muon", 4): 0.1}
 
@@ -227,7 +229,8 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     files = {"tuning": tuning, "test": test, "curves": curves, "sweeps": sweeps}
     draw_and_print(files, 4, tmp_path)
     said = capsys.readouterr().out
-    assert "over adamw's own: 0.25 [0.25 0.25]; target at most 0.33: reached" in said
+    assert said.count("over adamw's own: 0.25 [0.25 0.25]; target at most 0.33: reached") == 4
+    assert "at the end of the curves, on the test concepts:" in said
     assert "over adamw's: 2.50 [2.50 2.50]; target at least 4: MISSED" in said
     assert "riemannion+loi: lr 1 keeps 100.0% of the best gain at its worst of ranks 4, 8" in said
     # The gain of 6/7 - 2/3 has no spread; three quarters of the likeness, all prompts, a tenth of the loss.

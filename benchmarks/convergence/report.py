@@ -188,8 +188,8 @@ def _shares(records: Records, cell: Cell, units: Sequence[Unit]) -> tuple[float,
     return tuple(np.mean(pairs, axis=0).tolist()) if pairs else (float("nan"), float("nan"))
 
 
-def sweep_table(records: Records) -> str:
-    """What one changed setting does: means over the trainings with it, and standard errors of the gain."""
+def means_table(records: Records) -> str:
+    """Means over the trainings of each method, rank, rate and changed setting, and the gain's standard error."""
     kept: dict[tuple[str, int, float, str], list[list[float]]] = {}
     for cell, scores in records.cells.items():
         for name, one in scores.items():
@@ -230,8 +230,18 @@ def at_rate(records: Records, rates: Mapping[Place, float]) -> Records:
     return Records(records.facts, records.base, kept)
 
 
+def best_of(tuning: Grid) -> dict[Place, float]:
+    """Best learning rate of each method and rank."""
+    return {place: one.lrs[one.best] for place, one in tuning.items()}
+
+
 def main_rows(
-    tuning: Grid, test: Grid, every: Records, rank: int, measure: Measure = "score"
+    tuning: Grid,
+    test: Grid,
+    every: Records,
+    rank: int,
+    measure: Measure = "score",
+    rates: Mapping[Place, float] | None = None,
 ) -> list[Row]:
     """Rows of the table: every method at a rank, and AdamW at twice the rank.
 
@@ -241,11 +251,12 @@ def main_rows(
         every: finished trainings at the learning rates of `tuning`, scored on the way; others are left out.
         rank: of the table.
         measure: of gains, the one of `tuning` and `test`.
+        rates: learning rates of the rows; default those that are best in `tuning`.
 
     Raises:
         SystemExit: a method was trained at other learning rates alone.
     """
-    rates = {place: one.lrs[one.best] for place, one in tuning.items()}
+    rates = best_of(tuning) if rates is None else rates
     curves = at_rate(every, rates)
     lost = [
         place for place in places_of(every) if place in rates and place not in places_of(curves)
@@ -264,7 +275,8 @@ def main_rows(
             continue
         name = place[0] if place[1] == rank else f"{place[0]}, rank {place[1]}"
         grids = (test[place], test[rival]) if place in test and rival in test else None
-        found.append(row(name, tuning[place], grids, (both[place], both[rival]), steps))
+        lr, pair = rates[place], (both[place], both[rival])
+        found.append(row(name, tuning[place], lr, grids, pair, steps))
     return found
 
 
@@ -298,24 +310,37 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     if files["sweeps"].cells:
-        print(sweep_table(files["sweeps"]) + "\n")
+        print(
+            "one setting changed, on the tuning concepts:\n" + means_table(files["sweeps"]) + "\n"
+        )
+    if files["curves"].cells:
+        print(
+            "at the end of the curves, on the test concepts:\n"
+            + means_table(files["curves"])
+            + "\n"
+        )
     figures = plots.Figures(folder)
-    for measure in MEASURES:
-        tuning = {
+    tunings: dict[Measure, Grid] = {
+        measure: {
             place: one
             for place in places_of(files["tuning"])
             for one in collect(files["tuning"], [place], measure).values()
         }
+        for measure in MEASURES
+    }
+    for measure, tuning in tunings.items():
         test = grids_of(files["test"], measure)
-        rows = []
         print(f"=== {WORDS[measure]} ===")
-        if files["curves"].cells:
-            rows = main_rows(tuning, test.get(rank, {}), files["curves"], rank, measure)
+        for choice in MEASURES if files["curves"].cells else ():
+            rates = best_of(tunings[choice])
+            rows = main_rows(tuning, test.get(rank, {}), files["curves"], rank, measure, rates)
             steps = [0, *files["curves"].marks]
-            print(f"rank {rank}, after {steps[-1]} steps")
+            print(f"rank {rank}, after {steps[-1]} steps, learning rates that are best by {choice}")
             print(table(rows) + "\n")
-            figures.steps(rows, steps, WORDS[measure])
             print(targets(rows) + "\n")
+            # The loss of two trainings tells learning rates apart, their pictures hardly do.
+            if choice == "loss":
+                figures.steps(rows, steps, WORDS[measure])
         tuned: dict[int, Grid] = {}
         for place, one in tuning.items():
             tuned.setdefault(place[1], {})[place] = one

@@ -152,6 +152,7 @@ def _ratio(top: float, bottom: float) -> float:
 def row(
     name: str,
     tuning: Series,
+    lr: float,
     grids: tuple[Series, Series] | None,
     curves: tuple[Series, Series],
     steps: Sequence[int],
@@ -160,7 +161,8 @@ def row(
 
     Args:
         name: of the row.
-        tuning: gains of the method on the tuning concepts; they decide the learning rate.
+        tuning: gains of the method on the tuning concepts.
+        lr: one of its learning rates.
         grids: gains of the method and of AdamW over their learning rates, on the same units of the test concepts.
         curves: gains of both at their own learning rate alone, on the same units of the test concepts.
         steps: 0 and the marks of the curves.
@@ -168,7 +170,7 @@ def row(
     Returns:
         Everything with intervals.
     """
-    (mine, rival), best = curves, tuning.best
+    mine, rival = curves
     weights, values, own = draws(mine.units), mine.values[0], rival.values[0]
     mean, drawn, drawn_own = values.mean(0), weights @ values, weights @ own
     change = drawn[:, -1] - drawn_own[:, -1]
@@ -176,9 +178,9 @@ def row(
     over = grids[0] if grids else tuning
     return Row(
         name,
-        tuning.lrs[best],
+        lr,
         len(tuning.lrs),
-        best in {0, len(tuning.lrs) - 1},
+        lr in {tuning.lrs[0], tuning.lrs[-1]},
         (float(mean[-1]), *interval(drawn[:, -1])),
         len(mine.units),
         None if name == "adamw" else (float((values - own).mean(0)[-1]), *interval(change)),
