@@ -247,7 +247,7 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     tables = said[said.index("===") :].splitlines()
     names = [line.split("|")[1].strip() for line in tables if line.startswith("| ")]
     assert names[:5] == ["method", "-" * 14, "adamw", "adamw, rank 8", "muon"]
-    assert said.count("over adamw's own: 0.25 [0.25 0.25]") == 2
+    assert said.count("over adamw's own: 0.25 [0.25 0.25]") == 4
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sorted(sizes) == [
         f"convergence-{name}.png" for name in ("plane", "ranks", "rates", "steps")
