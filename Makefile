@@ -6,7 +6,7 @@
 #   make full    everything, long searches included
 #   make bench   the numbers of the README on LOI, and what a step costs; SCRIPT=FILE: beside that training script
 #   make concepts  every example concept, three seeds, scored (about an hour on 2 cores)
-#   make truncation  what lowering the rank after training costs (about 5 minutes; trains the demo if needed)
+#   make truncation  what lowering the rank after training costs (about 5 minutes)
 #   make mergeable  two concepts in one model, merged in several ways
 # To run in an environment that is already complete: make test VENV=/path/to/venv (nothing is installed into it).
 
@@ -67,9 +67,9 @@ full: $(READY)
 # A foreign script cannot load the embedded model; the full one is for a GPU.
 SIZE = import torch; print('full' if torch.cuda.is_available() else '$(if $(SCRIPT),small,embedded) --mixed_precision no')
 bench: $(READY)
-	$(PY) -m benchmarks.loi_energy
+	$(PY) -m benchmarks.loi_energy --loi_batches 32
 	$(PY) -m benchmarks.step
-	$(PY) -m benchmarks.phases --ranks 4 16 64
+	$(PY) -m benchmarks.phases
 	@$(if $(SCRIPT),:,echo "Now our script alone; to see another one beside it: make bench SCRIPT=path/to/train_dreambooth_lora.py")
 	size=$$($(PY) -c "$(SIZE)") && $(PY) -m benchmarks.throughput --size $$size $(if $(SCRIPT),--script "$(SCRIPT)")
 

@@ -92,15 +92,18 @@ def run(config: TrainConfig, command: Sequence[str]) -> bool:
     with accelerator.main_process_first():  # it makes the class pictures that the others find
         task = build_task(config, accelerator.device, accelerator.num_processes)
     config = config.with_resolution(task.concept.resolution)
+    done = resume.step if resume else 0
     if config.run.dry_run:
         make_scorer(config, task, is_main=True)
-        accelerator.print(explain(config, task), rehearse(config, task, accelerator), sep="\n")
+        said = explain(config, task)
+        spread_base(accelerator, task, config)
+        accelerator.print(said, rehearse(config, task, accelerator, done), sep="\n")
         return True
     scorer, facts = make_scorer(config, task, accelerator.is_main_process), run_facts(config, task)
     spread_base(accelerator, task, config)
     optimizer, facts["initialization"] = start_adapter(config, task)
     if config.model.torch_compile:
-        compile_network(task, accelerator, **config.compile_values(resume.step if resume else 0))
+        compile_network(task, accelerator, **config.compile_values(done))
     folder = config.output.output_dir if accelerator.is_main_process else None
     board = config.output.logging_dir if config.output.report_to == "tensorboard" else None
     records, steps = resume and resume.state["records"], config.schedule.max_train_steps

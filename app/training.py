@@ -33,7 +33,7 @@ from app.watching import (
     whole,
 )
 from app.words import without_paths
-from dreamrie.config import make_config, to_yaml
+from dreamrie.config import make_config, parse_yaml, to_yaml
 from dreamrie.diffusion.images import list_images
 from dreamrie.errors import DreamrieError
 from dreamrie.files import write_atomic
@@ -244,8 +244,12 @@ class Trainings:
             settings, photos = record.get("settings"), record.get("photos")
             if not isinstance(settings, dict) or not isinstance(photos, str):
                 raise TrainingError(f"the record of {name} is damaged; it cannot go on.")
-            values = with_folders(settings, self._storage.folder(owner, "photos", photos), folder)
+            pictures = self._storage.folder(owner, "photos", photos)
             try:
+                if (folder / CONFIG).is_file():
+                    # Of a run that goes on: what was left to the defaults then is not what they are now.
+                    settings = parse_yaml((folder / CONFIG).read_text("utf-8"), CONFIG)
+                values = with_folders(settings, pictures, folder)
                 text = to_yaml(make_config(values))
                 write_atomic(folder / CONFIG, text.encode())
             except DreamrieError as error:

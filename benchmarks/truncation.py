@@ -1,11 +1,11 @@
-"""What truncation after training costs: the demo's adapter whole, cut to rank 4, and cut to 90 % of its energy.
+"""What truncation after training costs: an adapter whole, cut to rank 4, and cut to 90 % of its energy.
 
     python -m benchmarks.truncation
 
-Takes the adapter in `best/` of `runs/demo`, or of the folder given with `--run`; trains the demo's concept there if it
-is missing, with any further flags of `train_dreambooth.py` (`--run runs/truncation/rank-8 --rank 8`). The demo trains
-rank 4, and its file has rank 8: the change is the difference of two points of the manifold. Base model and adapters
-draw the same prompts from the same fresh seeds.
+Takes the adapter in `best/` of `runs/truncation/rank-4`, or of the folder given with `--run`; trains the demo's concept
+there if it is missing, with any further flags of `train_dreambooth.py` (`--run runs/truncation/rank-8 --rank 8`). The
+usual training has rank 4, and its file has rank 8: the change is the difference of two points of the manifold. Base
+model and adapters draw the same prompts from the same fresh seeds.
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", maxsplit=1)[0], allow_abbrev=False
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of a training")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/truncation/rank-4"), help="folder of a training"
+    )
     parser.add_argument("--to_rank", type=int, default=4, help="rank of the first truncation")
     parser.add_argument("--energy", type=float, default=0.9, help="share kept by the second")
     parser.add_argument("--pictures", type=int, default=GAIN_PICTURES, help="of each model")

@@ -53,7 +53,7 @@ class StepOptions(NamedTuple):
     """
 
     lr: float | Tensor
-    momentum: float = 0.9
+    momentum: float = 0.5
     weight_decay: float = 0.0
     sigma_floor: float = 1e-8
     exact_norm: bool = False

@@ -70,8 +70,11 @@ def test_names_of_methods() -> None:
         ("adamw+eva", "wants the start 'eva'"),
         ("riemannion+default", "cannot go on from"),
         ("lorafa+loi", "cannot go on from"),
-        ("adamw@1", "momentum 1; it is a number from 0 to below 1"),
-        ("riemannion@0.50", "and not 0.5, which riemannion has without a word"),
+        ("adamw@1", "momentum 1; it is written as 0 or as 0.95 is"),
+        ("adamw@0.80", "momentum 0.80; it is written as 0 or"),
+        ("adamw@.8", "momentum .8; it is written as 0 or"),
+        ("muon@0.1.2", "momentum 0.1.2; it is written as 0 or"),
+        ("riemannion@0.5", "and is not 0.5, which riemannion has without a word"),
         ("riemannion:namo@0.5", "no optimizer 'riemannion:namo@0.5'"),
     ],
 )

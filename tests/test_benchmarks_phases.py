@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import phases
+from dreamrie.config import parse_config
 from dreamrie.optimizers import build_optimizer
 from dreamrie.trainer import loop
 from tests.small_task import SmallTask, distance, train_small
@@ -33,6 +34,15 @@ def test_a_watched_step_is_a_step_of_the_loop(kind: str, limit: float, tmp_path:
     assert [len(values) for values in found.values()] == [6] * (len(phases.PARTS) + 1)
     for number, whole in enumerate(found["all"]):
         assert whole == pytest.approx(sum(found[part][number] for part in phases.PARTS))
+
+
+@pytest.mark.parametrize("flags", phases.CONTENDERS.values(), ids=phases.CONTENDERS)
+def test_every_contender_takes_the_settings_of_the_demo(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = ["--config", str(Path(__file__).parents[1] / "examples" / "demo.yaml"), *flags]
+    config = parse_config([*words, "--output_dir", str(tmp_path)])
+    assert (config.optimizer.optimizer, config.adapter.init) == (flags[1], flags[3])
 
 
 def test_ratios_are_those_of_sums_and_medians() -> None:

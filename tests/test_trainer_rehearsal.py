@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from dreamrie.config import make_config
+from dreamrie.errors import ConfigError, NumericalError
 from dreamrie.trainer import loop
 from dreamrie.trainer import rehearsal as parts
 
@@ -51,6 +52,26 @@ def test_what_is_due_is_counted_as_the_loop_does_it(steps: int, every: int) -> N
         first = done + 1 if done else 0
         due = [loop._is_due(every, step, step == steps) for step in range(first, steps + 1)]
         assert parts.times(steps, every, done) == sum(due)
+
+
+def test_a_try_that_fails_ends_all_processes() -> None:
+    """One process says what it was; one of several must end, or the others would wait for it."""
+
+    def tried() -> parts.Estimate:
+        raise NumericalError("the loss is not finite\n  where: step 1")
+
+    said = "not estimated, because a short try failed: the loss is not finite"
+    assert parts.told(tried) == f"# time and memory: {said}"
+    team = SimpleNamespace(here=lambda: SimpleNamespace(size=2))
+    with mock.patch.object(parts, "Team", team), pytest.raises(ConfigError, match=said):
+        parts.told(tried)
+
+
+def test_an_estimate_says_what_it_has_not_seen() -> None:
+    found = parts.Estimate(1.0, 2.0, 3.0, 2**30, True, one_in=11)
+    assert found.describe()[1] == (
+        "memory: about 1.00 GiB on the GPU at its peak, by the largest of one batch in 11"
+    )
 
 
 def test_some_stand_for_all() -> None:

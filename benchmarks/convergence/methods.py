@@ -72,7 +72,7 @@ def parse_method(name: str) -> Method:
     Raises:
         SystemExit: there is no such optimizer or start, or they do not go together.
     """
-    parts = re.fullmatch(r"([^@:+]*)(?:@([0-9.]+))?(?::([^@:+]*))?(?:\+([^@:+]*))?", name)
+    parts = re.fullmatch(r"([^@:+]*)(?:@([^:+]*))?(?::([^@:+]*))?(?:\+([^@:+]*))?", name)
     optimizer, momentum, core_map, init = parts.groups() if parts else (name, None, None, None)
     if optimizer not in OPTIMIZERS:
         raise SystemExit(
@@ -106,10 +106,11 @@ def _momentum(name: str, optimizer: str, text: str | None) -> float | None:
     if text is None:
         return None
     usual = usual_momentum(optimizer)
-    if usual is None or not 0 <= float(text) < 1 or float(text) == usual:
+    is_one = re.fullmatch(r"0|0\.\d*[1-9]", text) is not None
+    if usual is None or not is_one or float(text) == usual:
         raise SystemExit(
-            f"--methods: {name!r} wants the momentum {text}; it is a number from 0 to below 1, and not {usual}, which "
-            f"{optimizer} has without a word"
+            f"--methods: {name!r} wants the momentum {text}; it is written as 0 or as 0.95 is, and is not {usual}, "
+            f"which {optimizer} has without a word"
         )
     return float(text)
 

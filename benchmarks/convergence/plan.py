@@ -24,9 +24,9 @@ SWEEPS: dict[str, tuple[float | str, ...]] = {
     "match_rms": (1.0,),
     "guidance": (1.0, 2.0, 7.0),
 }
-"""Settings of riemannion that can be varied, without the defaults: start in multiples of the default, LOI batches,
-decay, schedule, and match_rms: learning rates in proportion to sqrt(m n), so that the entries of a step are
-of one size in all layers; and the guidance of the pictures, of any method."""
+"""Settings of riemannion that can be varied, without what they usually are here: start in multiples of the default,
+LOI batches, decay, schedule, and match_rms: learning rates in proportion to sqrt(m n), so that the entries of a step
+are of one size in all layers; and the guidance of the pictures, of any method."""
 PARTS = ("tuning", "test", "curves", "sweeps")
 """Files of the bench: every learning rate on the tuning concepts; the same on the test concepts; the best of the first
 on the test concepts with its curve; single settings varied on the tuning concepts."""
@@ -130,7 +130,7 @@ def best_cells(best: Sequence[Mapping[tuple[str, int], float]], seeds: Sequence[
 def sweep_plan(
     settings: Sequence[str], best: Mapping[tuple[str, int], float], seeds: Sequence[int]
 ) -> list[Cell]:
-    """Methods at their own learning rate with one setting varied, everything else at its default.
+    """Methods at their own learning rate with one setting varied, everything else as usual.
 
     Args:
         settings: keys of `SWEEPS`.
@@ -138,7 +138,7 @@ def sweep_plan(
         seeds: of the trainings.
 
     Returns:
-        The default, then each value, for the first seed; then for the others.
+        As usual, then each value, for the first seed; then for the others.
     """
     varied = [(name, f"{name}={value}") for name in settings for value in SWEEPS[name]]
     return [

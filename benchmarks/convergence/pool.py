@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.convergence.methods import parse_method
+from benchmarks.convergence.methods import parse_method, usual_momentum
 from benchmarks.convergence.plan import CONCEPTS, Budget, Cell, missing, setting_of
 from benchmarks.convergence.records import Records, Scores
 from benchmarks.convergence.scoring import Judge
 from benchmarks.convergence.subjects import LOI_BATCHES, Shelf, Subjects
 from benchmarks.convergence.training import OutOfTimeError, Stack
 from dreamrie.diffusion.components import load_components
+from dreamrie.optimizer_table import OPTIMIZERS
 
 # Failures in a row after which it is no use to go on.
 MAX_FAILURES = 8
@@ -92,6 +93,9 @@ class _Worker:
             "steps": budget.steps,
             "batch": budget.batch,
             "marks": budget.marks,
+            # What a method's name leaves out.
+            "momenta": {name: usual_momentum(name) for name in OPTIMIZERS},
+            "loi_batches": LOI_BATCHES,
             **self.judge.facts,
         }
 

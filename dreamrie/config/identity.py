@@ -20,6 +20,8 @@ _LEFT_OUT = frozenset(
 )
 # Switches that were added later: off, they are what trainings had before there were any, and so are their hashes.
 _LATER = frozenset({"use_dora"})
+# What a setting was where it has no value now, for the same reason.
+_EARLIER = {"loi_batches": 32}
 
 
 def settings_hash(groups: Mapping[str, BaseModel]) -> str:
@@ -35,7 +37,8 @@ def settings_hash(groups: Mapping[str, BaseModel]) -> str:
         name: value
         for group in _GROUPS
         if group in groups  # a language model has no class pictures
-        for name, value in groups[group]
+        for name, given in groups[group]
+        for value in [_EARLIER.get(name) if given is None else given]
         if name not in _LEFT_OUT and value is not None and not (name in _LATER and not value)
     }
     text = json.dumps(values, sort_keys=True)

@@ -21,45 +21,48 @@ from dreamrie.trainer.rehearsal import (
 )
 
 
-def rehearse(config: TrainConfig, task: DreamBoothTask, accelerator: Any) -> str:
+def rehearse(config: TrainConfig, task: DreamBoothTask, accelerator: Any, done: int = 0) -> str:
     """Do a little of everything that takes long: initialization, steps, pictures.
 
     Args:
         config: settings of the run.
         task: made from them; its adapter is not what it was afterwards.
         accelerator: from `make_accelerator`.
+        done: steps of the checkpoint to go on from.
 
     Returns:
         Lines for the end of `explain`.
     """
-    return told(lambda: _estimate(config, task, accelerator))
+    return told(lambda: _estimate(config, task, accelerator, done))
 
 
-def _estimate(config: TrainConfig, task: DreamBoothTask, accelerator: Any) -> Estimate:
+def _estimate(config: TrainConfig, task: DreamBoothTask, accelerator: Any, done: int) -> Estimate:
     """Try each part and multiply out."""
     prepare, optimizer = start_seconds(config, task, [1.0] * MORE, config.adapter.batches)
     settings = LoopSettings(**config.loop_values())
     gain = None
     if config.model.torch_compile:
-        gain = compile_network(task, accelerator, **config.compile_values(0))
-    steps = step_seconds(task, optimizer, settings, accelerator) * settings.max_steps
+        gain = compile_network(task, accelerator, **config.compile_values(done))
+    steps = (settings.max_steps - done) * step_seconds(task, optimizer, settings, accelerator)
     compiling = gain.compiling if gain else 0.0
-    return Estimate(prepare, steps, _looks(config, task), *peak_memory(), compiling)
+    return Estimate(prepare, steps, _looks(config, task, done), *peak_memory(), compiling)
 
 
-def _looks(config: TrainConfig, task: DreamBoothTask) -> float:
+def _looks(config: TrainConfig, task: DreamBoothTask, done: int) -> float:
     """Seconds for pictures: one batch is drawn with two numbers of steps, the rest is multiplied out."""
     steps, shown, scored = config.schedule.max_train_steps, config.validation, config.scores
     drawings = []
     if shown.validation_prompt:
         pictures = len(shown.validation_prompt) * shown.num_validation_images
-        drawings.append((pictures, shown.num_inference_steps, times(steps, shown.validation_steps)))
+        drawings.append(
+            (pictures, shown.num_inference_steps, times(steps, shown.validation_steps, done))
+        )
     if scored.score_steps:
         drawings.append(
             (
                 scored.score_images,
                 int(scored.score_inference_steps or 0),
-                times(steps, scored.score_steps),
+                times(steps, scored.score_steps, done),
             )
         )
     if not drawings:

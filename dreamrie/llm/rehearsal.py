@@ -7,6 +7,7 @@ tokens, padding included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -85,9 +86,10 @@ def _estimate(
         sum(size.tokens for size in starts),
     )
     left, steps = settings.max_steps - done, 0.0
+    micros = settings.accumulation * processes
+    stride = stride_of(left * micros, micros)
     if left:
-        micros = settings.accumulation * processes
-        found = sizes(task, every_batch(done + 1, settings.max_steps, micros))
+        found = sizes(task, every_batch(done + 1, settings.max_steps, micros, stride))
         timed_ones = evenly(_by_tokens(found), TIMED_STEPS * settings.accumulation)
         first_ones = largest_last(found, WARM_UP_STEPS * settings.accumulation)
         each = step_seconds(
@@ -102,25 +104,42 @@ def _estimate(
     if settings.score_steps and accelerator.is_main_process:
         often = times(settings.max_steps, settings.score_steps, done)
         looks = often * scoring_seconds(request, task.model)
-    return Estimate(start, steps, looks, *peak_memory(), looks_name="scores")
+    return Estimate(start, steps, looks, *peak_memory(), looks_name="scores", one_in=stride)
 
 
 # ---------------------------------------------------------------------------- which batches
 
 
-def every_batch(first: int, last: int, micros: int) -> list[tuple[int, int]]:
-    """Micro-batches of a training, or evenly spaced ones of a long one.
+def stride_of(count: int, micros: int) -> int:
+    """How many batches lie between two that are looked at.
+
+    Args:
+        count: of all batches.
+        micros: of a step.
+
+    Returns:
+        1 up to `LOOKED_AT` batches; else a number without a common divisor with `micros`, so that every place of a step
+        is looked at.
+    """
+    stride = max(1, -(-count // LOOKED_AT))
+    while math.gcd(stride, micros) > 1:
+        stride += 1
+    return stride
+
+
+def every_batch(first: int, last: int, micros: int, stride: int) -> list[tuple[int, int]]:
+    """Micro-batches of a training, or evenly spaced ones.
 
     Args:
         first: step.
         last: step.
         micros: micro-batches of a step, those of all processes.
+        stride: every how many of them.
 
     Returns:
         (step, micro) of each.
     """
     count = (last - first + 1) * micros
-    stride = -(-count // LOOKED_AT)
     return [(first + place // micros, place % micros) for place in range(0, count, stride)]
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from dreamrie.config.reading import AnyConfig
-from dreamrie.errors import DreamrieError
+from dreamrie.errors import ConfigError, DreamrieError
 from dreamrie.init_table import INITS
 from dreamrie.runlog import RunLog
 from dreamrie.team import Team
@@ -30,7 +30,7 @@ T = TypeVar("T")
 # Batches of the two short initializations: their difference is the price of a batch, the rest that of all SVDs.
 FEW, MORE = 1, 3
 # The first steps choose kernels and allocate; the second part is timed.
-WARM_UP_STEPS, TIMED_STEPS = 2, 4
+WARM_UP_STEPS, TIMED_STEPS = 3, 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Estimate:
         on_gpu: which of the two.
         compiling: seconds of torch.compile, 0 without it.
         looks_name: what is looked at, for people.
+        one_in: of so many batches one was looked at, so that the largest may not be among them.
     """
 
     start: float
@@ -54,6 +55,7 @@ class Estimate:
     on_gpu: bool
     compiling: float = 0.0
     looks_name: str = "pictures and scores"
+    one_in: int = 1
 
     def describe(self) -> list[str]:
         """Two lines for a person: time by parts, and memory."""
@@ -62,9 +64,10 @@ class Estimate:
         if self.compiling:
             parts += f", torch.compile {self.compiling:.0f}"
         place = "on the GPU" if self.on_gpu else "of the process"
+        seen = f", by the largest of one batch in {self.one_in}" if self.one_in > 1 else ""
         return [
             f"time: about {total:.0f} s after loading ({parts}), from steps done here",
-            f"memory: about {self.peak_bytes / 2**30:.2f} GiB {place} at its peak",
+            f"memory: about {self.peak_bytes / 2**30:.2f} GiB {place} at its peak{seen}",
         ]
 
 
@@ -76,13 +79,18 @@ def told(estimate: Callable[[], Estimate]) -> str:
 
     Returns:
         Lines for the end of a dry run; a try that fails is told as well.
+
+    Raises:
+        ConfigError: it failed in one of several processes: the others would wait for it.
     """
     try:
         with _quietly():
             found = estimate()
     except (DreamrieError, torch.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0]
-        return f"# time and memory: not estimated, because a short try failed: {reason}"
+        said = f"not estimated, because a short try failed: {str(error).splitlines()[0]}"
+        if Team.here().size > 1:
+            raise ConfigError(f"time and memory: {said}") from error
+        return f"# time and memory: {said}"
     return "\n".join(f"# {line}" for line in found.describe())
 
 

@@ -16,7 +16,7 @@ from app.jobs import BusyError
 from app.running import TrainingError, is_alive, read_record
 from app.storage import StorageError
 from app.words import BROKEN
-from dreamrie.config import make_config
+from dreamrie.config import make_config, parse_yaml
 from tests.app.fake_training import LONG_S, Server, left_behind, server
 from tests.app.fake_work import ANNA, BORIS, held
 from tests.app.test_drawing import waits_until
@@ -65,9 +65,15 @@ def law_a_killed_training_can_be_resumed(impl: Any, folder: Path) -> None:
             f"{checkpoint}."
         )
         assert state.can_resume
+        # Another version had another default; a training goes on with the settings that it began with.
+        config = one.storage.folder(ANNA, "runs", name) / "config.yaml"
+        config.write_text(
+            config.read_text("utf-8").replace("momentum: 0.5", "momentum: 0.9"), "utf-8"
+        )
         one.trainings.resume(ANNA, name)
         state = one.until(ANNA, name, "finished")
         assert [step for step, _ in state.losses] == list(range(1, 201))
+        assert parse_yaml(config.read_text("utf-8"), "")["momentum"] == 0.9
 
 
 def law_a_training_survives_its_server(impl: Any, folder: Path) -> None:
@@ -262,7 +268,7 @@ def train_of(**changes: Any) -> Train:
         "photos": "p",
         "steps": 400,
         "rank": 4,
-        "learning_rate": 2e-2,
+        "learning_rate": 5e-2,
         "seed": 0,
     }
     return Train(**{**values, **changes})
@@ -276,8 +282,6 @@ def settings(train: Train, pictures: int = 5, **where: Any) -> dict[str, Any]:
 
 def test_the_embedded_model_is_trained_as_in_the_demo() -> None:
     """What the app sets and the demo sets, they set alike."""
-    from dreamrie.config import parse_yaml
-
     demo = parse_yaml((ROOT / "examples" / "demo.yaml").read_text("utf-8"))
     made = settings(train_of())
     same = set(demo) & set(made) - {"validation_prompt", "validation_steps", "score_steps"}

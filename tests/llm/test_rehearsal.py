@@ -169,7 +169,7 @@ def law_ll21_the_time_is_that_of_all_batches(impl: Any) -> None:
 
 
 def law_ll22_the_largest_batches_are_tried(impl: Any) -> None:
-    """The memory is that of the longest batch and of the widest output, of each part of a training."""
+    """The memory is that of the longest batch, and of the widest output; of a start, which has no state, the longest."""
     for packing in (False, True):
         tried, (_, whole) = World(packing), happened(packing)
         estimated(impl, tried)
@@ -197,10 +197,12 @@ def test_a_training_that_goes_on_has_less_to_do() -> None:
 
 def test_of_a_long_training_some_batches_are_looked_at() -> None:
     """Evenly spaced, over all steps and all places in a step."""
-    found = real.every_batch(11, 3010, 4)
+    found = real.every_batch(11, 3010, 4, real.stride_of(12_000, 4))
     assert len(found) == real.LOOKED_AT
     assert (found[:3], found[-1]) == ([(11, 0), (11, 3), (12, 2)], (3010, 1))
-    assert real.every_batch(1, 2, 2) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert real.every_batch(1, 2, 2, real.stride_of(4, 2)) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    # Every fourth of four would be the same place of each step.
+    assert [real.stride_of(count, 4) for count in (0, 4_000, 16_000)] == [1, 1, 5]
 
 
 def test_processes_are_given_the_same_batches() -> None:

@@ -52,20 +52,20 @@ def test_parts_are_multiplied_out(
 
 
 def test_steps_are_timed_after_others_have_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six steps, of which the last four count; nothing is shown or scored on the way, whatever the settings say."""
+    """Seven steps, of which the last four count; nothing is shown or scored on the way, whatever the settings say."""
     task, asked = SmallTask(), []
     batch = task.batch
 
     def noted(step: int, micro: int) -> object:
         asked.append((step, micro))
-        time.sleep(0.5 if len(asked) <= 2 else 0.02)
+        time.sleep(0.5 if len(asked) <= 3 else 0.02)
         return batch(step, micro)
 
     monkeypatch.setattr(task, "batch", noted)
     optimizer = build_optimizer("riemannion", task.pairs, lr=0.01)
     settings = LoopSettings(max_steps=100, validation_steps=1, spectrum_steps=1, warmup_steps=20)
     seconds = parts.step_seconds(task, optimizer, settings, make_accelerator())
-    assert asked == [(1, 0), (2, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
+    assert asked == [(1, 0), (2, 0), (3, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
     assert 0.02 < seconds < 0.4
     assert task.validated == task.saved == []
 
