@@ -169,7 +169,7 @@ def law_ll21_the_time_is_that_of_all_batches(impl: Any) -> None:
 
 
 def law_ll22_the_largest_batches_are_tried(impl: Any) -> None:
-    """The memory is that of the longest batch, and of the widest output; of a start, which has no state, the longest."""
+    """The memory is that of the longest batch, and of the widest output; of a start, without state, the longest."""
     for packing in (False, True):
         tried, (_, whole) = World(packing), happened(packing)
         estimated(impl, tried)
