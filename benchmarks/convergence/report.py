@@ -102,14 +102,16 @@ def grid_table(tuning: Grid, by_rank: Mapping[int, Grid], where: str) -> str:
             if place not in tuning:
                 continue
             lr, flat = tuning[place].lrs[tuning[place].best], plateau(one.lrs, one.finals)
-            own = one.values[one.lrs.index(lr), :, -1]
-            spread = interval(draws(one.units) @ own)
+            gain = None  # a rate between those of the grid need not have been trained here
+            if lr in one.lrs:
+                own = one.values[one.lrs.index(lr), :, -1]
+                gain = (float(own.mean()), *interval(draws(one.units) @ own))
             lines.append(
                 [
                     str(rank),
                     place[0],
                     f"{lr:g}",
-                    _three((float(own.mean()), *spread)),
+                    _three(gain),
                     f"{one.lrs[one.best]:g}",
                     f"{one.finals[one.best]:+.3f}",
                     f"{flat.low:.2g} to {flat.high:.2g}",
@@ -150,7 +152,7 @@ def transfers(by_rank: Mapping[int, Grid], where: str) -> str:
     """
     lines = []
     for name in dict.fromkeys(name for methods in by_rank.values() for name, _ in methods):
-        own = {r: methods[name, r] for r, methods in by_rank.items() if (name, r) in methods}
+        own = {rank: by_rank[rank][name, rank] for rank in _ranks(by_rank, name)}
         if len(own) < 2:
             continue
         best = transfer(own)
@@ -289,6 +291,16 @@ def grids_of(records: Records, measure: Measure) -> dict[int, Grid]:
     return found
 
 
+def _names(by_rank: Mapping[int, Grid]) -> set[str]:
+    """Methods that were trained at any rank."""
+    return {name for methods in by_rank.values() for name, _ in methods}
+
+
+def _ranks(by_rank: Mapping[int, Grid], name: str) -> list[int]:
+    """Ranks that a method was trained at."""
+    return [rank for rank, methods in by_rank.items() if (name, rank) in methods]
+
+
 def _plane(records: Records, shown: Grid, tuning: Grid, folder: Path) -> None:
     """Draw the image/text plane on the units that all of its methods have."""
     both = collect(records, list(shown))
@@ -298,6 +310,37 @@ def _plane(records: Records, shown: Grid, tuning: Grid, folder: Path) -> None:
         if place in tuning and tuning[place].lrs[tuning[place].best] in one.lrs
     }
     plots.plot_plane(plane(records, both), chosen, folder / "convergence-plane.png")
+
+
+def _shown(files: Mapping[str, Records], rank: int) -> str | None:
+    """Part whose learning rates are drawn: the test concepts, else the tuning concepts; None without either."""
+    ranks = {part: {one[1] for one in places_of(files[part])} for part in ("test", "tuning")}
+    return next((part for part, found in ranks.items() if rank in found), None)
+
+
+def _draw_rates(
+    figures: plots.Figures,
+    files: Mapping[str, Records],
+    measure: Measure,
+    tuned: Mapping[int, Grid],
+    test: Mapping[int, Grid],
+    rank: int,
+) -> None:
+    """Best learning rate against the rank, of methods with several ranks, and gain against the learning rate."""
+    over, where = (test, "test") if len(test) > 1 else (tuned, "tuning")
+    several = {name for name in _names(over) if len(_ranks(over, name)) > 1} or _names(over)
+    figures.ranks(
+        {
+            r: {place[0]: one for place, one in found.items() if place[0] in several}
+            for r, found in over.items()
+        },
+        f"{WORDS[measure]} ({where} concepts)",
+    )
+    part = _shown(files, rank)
+    if part is not None:
+        grid = {"test": test, "tuning": tuned}[part][rank]
+        named = {place[0]: one for place, one in grid.items()}
+        figures.rates(named, f"{WORDS[measure]} ({part} concepts)")
 
 
 def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> None:
@@ -350,16 +393,8 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
         ):
             for said in (transfers(grids, where), grid_table(tuning, grids, where)):
                 print(said + "\n" if said else "", end="\n" if said else "")
-        over = test if len(test) > 1 else tuned
-        figures.ranks(
-            {r: {place[0]: one for place, one in found.items()} for r, found in over.items()},
-            f"{WORDS[measure]} ({'test' if len(test) > 1 else 'tuning'} concepts)",
-        )
-        part = "test" if rank in test else "tuning"
-        shown = {"test": test, "tuning": tuned}[part].get(rank)
-        if shown:
-            named = {place[0]: one for place, one in shown.items()}
-            figures.rates(named, f"{WORDS[measure]} ({part} concepts)")
-            if measure == "score":
-                _plane(files[part], shown, tuning, folder)
+        _draw_rates(figures, files, measure, tuned, test, rank)
+    shown = _shown(files, rank)
+    if shown is not None:
+        _plane(files[shown], grids_of(files[shown], "score")[rank], tunings["score"], folder)
     figures.save()
