@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convergence import pool
-from benchmarks.convergence.__main__ import cells_of, make_parser
-from benchmarks.convergence.methods import DEFAULT, Method, grid, grid_of, parse_method
+from benchmarks.convergence.__main__ import FILES, cells_of, make_parser
+from benchmarks.convergence.methods import (
+    DEFAULT,
+    Method,
+    grid,
+    grid_of,
+    parse_method,
+    usual_momentum,
+)
 from benchmarks.convergence.plan import (
     CONCEPTS,
     RANKS,
@@ -27,8 +34,9 @@ from benchmarks.convergence.plan import (
 )
 from benchmarks.convergence.pool import jobs_of
 from benchmarks.convergence.records import Records, read_records
-from benchmarks.convergence.subjects import PICTURES, Shelf
+from benchmarks.convergence.subjects import LOI_BATCHES, PICTURES, Shelf
 from benchmarks.convergence.training import OutOfTimeError
+from dreamrie.optimizer_table import OPTIMIZERS
 
 
 def test_every_concept_is_either_tuned_on_or_tested_on() -> None:
@@ -81,6 +89,18 @@ def test_names_of_methods() -> None:
 def test_a_method_that_cannot_be_is_refused(name: str, words: str) -> None:
     with pytest.raises(SystemExit, match=words):
         parse_method(name)
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_the_results_are_of_methods_with_names(part: str) -> None:
+    """A default that changes gives its methods other names; their results must not stay under the old ones."""
+    records = read_records([FILES[part]])
+    assert records.cells
+    assert {parse_method(cell.method).name for cell in records.cells} == {
+        cell.method for cell in records.cells
+    }
+    assert records.facts["momenta"] == {name: usual_momentum(name) for name in OPTIMIZERS}
+    assert records.facts["loi_batches"] == LOI_BATCHES
 
 
 def test_a_plan_that_is_cut_short_is_balanced() -> None:
