@@ -396,5 +396,5 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
         _draw_rates(figures, files, measure, tuned, test, rank)
     shown = _shown(files, rank)
     if shown is not None:
-        _plane(files[shown], grids_of(files[shown], "score")[rank], tunings["score"], folder)
+        _plane(files[shown], grids_of(files[shown], "score")[rank], tunings["loss"], folder)
     figures.save()
