@@ -38,12 +38,11 @@ from dreamrie.llm.models import ALIASES
 from dreamrie.llm.paired import difference, mcnemar
 
 RESULTS = Path(__file__).resolve().parent / "results" / "commonsense-smollm2.json"
-# Two decades in steps of a factor 2.15, around what was best before; the units of the methods differ.
+# Two decades in steps of a factor 2.15; the units of the methods differ.
 RATES = (1e-4, 2.15e-4, 4.64e-4, 1e-3, 2.15e-3, 4.64e-3, 1e-2)
 SPECTRAL_RATES = (4.64e-4, 1e-3, 2.15e-3, 4.64e-3, 1e-2, 2.15e-2, 4.64e-2)
 NAMES = {
     "riemannion": Method("riemannion, LOI, r", "riemannion", 1, SPECTRAL_RATES),
-    "riemannion-0.9": Method("riemannion, momentum 0.9, LOI, r", "riemannion", 1, RATES, 0.9),
     "adamw": Method("adamw, r", "adamw", 1, RATES),
     "adamw-2r": Method("adamw, 2r", "adamw", 2, RATES),
 }

@@ -34,14 +34,12 @@ class Method:
         optimizer: as `train-llm` names it; its usual start comes with it.
         widths: rank of the trained change in units of --rank.
         rates: learning rates to choose from.
-        momentum: None: the optimizer's own.
     """
 
     name: str
     optimizer: str
     widths: int
     rates: tuple[float, ...]
-    momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,6 @@ class Bench:
         }
         if method is not None:
             values |= {"optimizer": method.optimizer, "learning_rate": rate}
-            values |= {} if method.momentum is None else {"momentum": method.momentum}
             values["rank"] = budget.rank * method.widths
             if method.optimizer == "riemannion":
                 values["loi_batches"] = budget.loi_batches
