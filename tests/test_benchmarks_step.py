@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import step, unet
-from benchmarks.contenders import LiteralRiemannion, make_pairs
+from benchmarks.contenders import MOMENTUM, LiteralRiemannion, make_pairs
 from benchmarks.timing import Timing, interleaved, table
 from dreamrie.riemannion import Riemannion
 from tests.strategies import LAYERS, Quadratic, distance, moved, run
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_the_literal_algorithm_takes_the_path_of_the_optimizer() -> None:
     """10 steps with momentum in fp64, layer by layer and batched: one path."""
     ours, theirs = small_pairs(LAYERS[:3]), small_pairs(LAYERS[:3])
-    path = run(Riemannion(ours, lr=0.02), Quadratic(ours), 10)
+    path = run(Riemannion(ours, lr=0.02, momentum=MOMENTUM), Quadratic(ours), 10)
     literal = LiteralRiemannion(theirs, lr=0.02)
     other = []
     for t in range(10):

@@ -122,7 +122,7 @@ def test_twenty_steps_equal_the_dense_reference(kind: str) -> None:
         for one, gradient in zip(slow, gradients, strict=True):
             one.step(gradient)
         wanted.append([one.X - x0 for one, x0 in zip(slow, anchors, strict=True)])
-    path = train(model, pairs, dreamrie.Riemannion(pairs, lr=0.05, weight_decay=0.1))
+    path = train(model, pairs, dreamrie.Riemannion(pairs, 0.05, 0.9, 0.1))
     assert {pair.scaling for pair in pairs} == ({1.5} if kind == "plain" else {1.0})
     assert all(
         float((end - start).norm()) > 0.1 for end, start in zip(path[-1], starts, strict=True)
@@ -137,7 +137,7 @@ def test_the_path_depends_on_the_product_alone() -> None:
     paths, controls = [], []
     for gauge in (None, 100.0):
         model, pairs = plain_model(gauge)
-        paths.append(train(model, pairs, dreamrie.Riemannion(pairs, lr=0.05, weight_decay=0.1)))
+        paths.append(train(model, pairs, dreamrie.Riemannion(pairs, 0.05, 0.9, 0.1)))
         model, pairs = plain_model(gauge)
         parameters = [p for pair in pairs for p in (pair.left, pair.right)]
         controls.append(train(model, pairs, torch.optim.AdamW(parameters, lr=0.05)))
