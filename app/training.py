@@ -254,9 +254,13 @@ class Trainings:
                 write_atomic(folder / CONFIG, text.encode())
             except DreamrieError as error:
                 raise TrainingError(without_paths(str(error), self._secrets)) from error
+            except UnicodeDecodeError as error:
+                raise TrainingError(f"{CONFIG} of {name} is damaged; it cannot go on.") from error
             except OSError as error:
                 reason = error.strerror or type(error).__name__
-                raise TrainingError(f"the settings cannot be written: {reason}.") from error
+                raise TrainingError(
+                    f"the settings cannot be read and written again: {reason}."
+                ) from error
         work = TrainingWork(folder, self._drawing, adopts=adopts, kill_after_s=self._kill_after_s)
         with self._lock:
             self._jobs[owner.id, name] = self._device.submit(owner, work)

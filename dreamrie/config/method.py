@@ -167,8 +167,8 @@ def usual_batches(init: str) -> int | None:
         init: its name.
 
     Returns:
-        8 for loi, whose training gains nothing from more (docs/optimizers.md); 32 for the others that look at any, for
-        which that was not measured.
+        8 for loi, whose trainings on the embedded model gain nothing from more (docs/optimizers.md); 32 for the others
+        that look at any, for which that was not measured.
     """
     if INITS[init].needs != "batches":
         return None

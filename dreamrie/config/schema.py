@@ -162,8 +162,7 @@ class StartSettings(Group):
     )
     loi_batches: Count | None = Field(
         None,
-        description="micro-batches that loi, corda, lora_ga and eva look at; default 8 for loi, where more gain "
-        "nothing, 32 for the others",
+        description="micro-batches that loi, corda, lora_ga and eva look at; default 8 for loi, 32 for the others",
     )
     use_rslora: bool = Field(
         False,

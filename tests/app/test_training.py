@@ -219,6 +219,12 @@ def test_only_what_has_ended_is_removed_and_resumed(tmp_path: Path) -> None:
         one.trainings.stop(ANNA, name)
         assert one.trainings.state(ANNA, name).status == "stopped"
         one.trainings.stop(ANNA, name)
+        config = one.storage.folder(ANNA, "runs", name) / "config.yaml"
+        written = config.read_bytes()
+        config.write_bytes(b"\xff")
+        with pytest.raises(TrainingError, match=f"config.yaml of {name} is damaged"):
+            one.trainings.resume(ANNA, name)
+        config.write_bytes(written)
         one.trainings.resume(ANNA, name)
         gate.opened.set()
         one.until(ANNA, name, "finished")
