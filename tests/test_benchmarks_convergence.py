@@ -61,6 +61,9 @@ def test_names_of_methods() -> None:
     assert parse_method("riemannion:namo") == mapped
     full = Method("riemannion@0:namo+orthonormal", "riemannion", "orthonormal", "namo", 0.0)
     assert parse_method("riemannion@0:namo+orthonormal") == full
+    assert parse_method("adamw/dora") == Method("adamw/dora", "adamw", "default", layer="dora")
+    turned = Method("muon+gaussian/rslora", "muon", "gaussian", layer="rslora")
+    assert parse_method("muon+gaussian/rslora") == turned
     assert parse_method("adamw@0.5") == Method("adamw@0.5", "adamw", "default", None, 0.5)
     # 0.1 / sqrt(4) = 0.05, and ten steps of 0.02 are more.
     assert parse_method("riemannion").start_scale(4, 0.001) == pytest.approx(0.05)
@@ -75,9 +78,14 @@ def test_names_of_methods() -> None:
         ("adam", "no optimizer 'adam'"),
         ("adamw:namo", "spectral map 'namo'"),
         ("riemannion:sharp", "spectral map 'sharp'"),
-        ("adamw+eva", "wants the start 'eva'"),
+        ("adamw+best", "wants the start 'best'; there are loi, "),
         ("riemannion+default", "cannot go on from"),
         ("lorafa+loi", "cannot go on from"),
+        ("adamw/lora", "wants the layer 'lora'"),
+        ("adamw/", "wants the layer ''"),
+        ("muon/dora", "dora does not go with"),
+        ("adamw+pissa/dora", "dora does not go with"),
+        ("riemannion/rslora", "rslora does not go with"),
         ("adamw@1", "momentum 1; it is written as 0 or as 0.95 is"),
         ("adamw@0.80", "momentum 0.80; it is written as 0 or"),
         ("adamw@.8", "momentum .8; it is written as 0 or"),
@@ -135,7 +143,7 @@ def test_only_what_is_missing_is_done() -> None:
 
 
 def test_shared_things_are_made_once_before_the_first_stack_that_needs_them() -> None:
-    cells = plan(["adamw", "riemannion+loi"], (4, 2), (0,), grid=3)
+    cells = plan(["adamw", "riemannion+loi", "adamw+loi"], (4, 2), (0,), grid=3)
     jobs = list(jobs_of([(cell, ("owl", "robot")) for cell in cells]))
     shared = [(job.kind, job.cell.rank, job.cell.seed, job.concepts) for job in jobs[:4]]
     assert sorted(shared) == [
@@ -150,6 +158,13 @@ def test_shared_things_are_made_once_before_the_first_stack_that_needs_them() ->
     assert [job.kind for job in jobs].index("cell") == 4
     parts = [job.concepts for job in jobs_of([(cells[0], ("owl", "robot", "teapot"))], 2)]
     assert parts[-2:] == [("owl", "robot"), ("teapot",)]
+    both = [Cell(f"adamw+{init}", 4, 1e-2, 0) for init in ("eva", "lora_ga", "pissa")]
+    made = [
+        job.cell.method
+        for job in jobs_of([(cell, ("owl",)) for cell in both])
+        if job.kind == "start"
+    ]
+    assert made == ["adamw+eva", "adamw+lora_ga"]
 
 
 def test_a_sweep_changes_one_setting_at_the_best_learning_rate() -> None:
@@ -197,6 +212,8 @@ def test_curves_are_trained_at_the_best_learning_rates_of_the_tuning_file() -> N
     assert [cell[1:4] for cell in found] == [
         (rank, lr, seed) for seed in (0, 1) for rank, lr in ((4, 1e-2), (8, 1e-3), (8, 1e-2))
     ]
+    words = ("curves", "--methods", "adamw", "--ranks", "8", "--choices", "loss")
+    assert [cell.lr for cell in _cells(*words, tuned=tuned)] == [1e-2]
     swept = _cells("sweeps", "--methods", "adamw", "--ranks", "4", tuned=tuned)
     # Momentum, start and decay are Riemannion's.
     settings = [cell.setting for cell in swept]

@@ -22,7 +22,7 @@ from benchmarks.convergence.gains import (
 )
 from benchmarks.convergence.plan import Cell
 from benchmarks.convergence.records import Records
-from benchmarks.convergence.report import best_of, draw_and_print, main_rows, plane
+from benchmarks.convergence.report import best_of, draw_and_print, main_rows, plane, trained
 from benchmarks.convergence.targets import plateau, row, steps_to, transfer
 
 # Image similarity 0.4 of 0.8, prompts followed: shares 0.5 and 1, harmonic mean 2/3.
@@ -205,6 +205,17 @@ def test_curves_of_another_learning_rate_are_refused() -> None:
         curves.cells[Cell("riemannion+loi", 4, 0.1, seed)] = old
     with pytest.raises(SystemExit, match="`run curves` again"):
         main_rows(tuning, {}, curves, 4)
+
+
+def test_what_was_not_trained_at_the_choice_of_the_score_is_named() -> None:
+    tuning = {ADAMW: _series(0.1, 0.2), OURS: _series(0.1, 0.3)}
+    other = {ADAMW: _series(0.1, 0.2), OURS: _series(0.4, 0.3)}
+    curves = _records(BEST)
+    assert trained(curves, {"loss": tuning, "score": other}, "loss") == (best_of(tuning), [])
+    found = trained(curves, {"loss": tuning, "score": other}, "score")
+    assert found == ({ADAMW: 1.0}, ["riemannion+loi, rank 4 (0.1)"])
+    # What is missing of the loss stays, so that `main_rows` refuses it.
+    assert trained(curves, {"loss": other, "score": tuning}, "loss") == (best_of(other), [])
 
 
 def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

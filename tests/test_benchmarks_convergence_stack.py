@@ -14,12 +14,14 @@ from benchmarks.convergence.plan import Budget, Cell
 from benchmarks.convergence.records import Records, read_records
 from benchmarks.convergence.scoring import Judge
 from benchmarks.convergence.stacked import Bank, StackedLinear, run_on_graph, twin
-from benchmarks.convergence.subjects import Shelf, Subjects
+from benchmarks.convergence.subjects import Shelf, Subjects, generator_of
 from benchmarks.convergence.training import Learning, Rates
 from dreamrie.diffusion.components import load_components
 from dreamrie.diffusion.images import contact_sheet
-from dreamrie.diffusion.pipeline import sample
-from dreamrie.lora import LoraPair, attach_lora
+from dreamrie.diffusion.pipeline import ATTENTION_TARGETS, sample
+from dreamrie.init_table import INITS
+from dreamrie.lora import LoraPair, attach_lora, start_pairs
+from dreamrie.lora.inits import Data
 from dreamrie.optimizer_table import OPTIMIZERS
 from dreamrie.optimizers import build_optimizer
 from dreamrie.trainer.control import schedule_factor
@@ -43,7 +45,7 @@ def _net() -> Net:
     return Net().requires_grad_(False)
 
 
-def _adapters(net: nn.Module, count: int, init: str) -> list[list[LoraPair]]:
+def _adapters(net: nn.Module, count: int, init: str, layer: str = "") -> list[list[LoraPair]]:
     return [
         attach_lora(
             twin(net),
@@ -51,6 +53,8 @@ def _adapters(net: nn.Module, count: int, init: str) -> list[list[LoraPair]]:
             ["first", "last"],
             init=init,
             generator=torch.Generator().manual_seed(run),
+            use_dora=layer == "dora",
+            use_rslora=layer == "rslora",
         )
         for run in range(count)
     ]
@@ -73,12 +77,15 @@ def test_a_stacked_layer_gives_each_part_of_the_rows_its_own_adapter() -> None:
         assert torch.allclose(y[3 * run : 3 * run + 3], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_a_training_in_a_stack_is_the_training_alone(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [*((name, "") for name in sorted(OPTIMIZERS)), ("adamw", "dora"), ("loraplus", "rslora")],
+)
+def test_a_training_in_a_stack_is_the_training_alone(name: str, layer: str) -> None:
     """Three trainings with other starts and rows, two steps: the same factors as one by one with PEFT's layers."""
     init, lr = "orthonormal" if OPTIMIZERS[name].needs_rank else "default", 0.01
     net = _net()
-    alone, stacked = _adapters(net, 3, init), _adapters(net, 3, init)
+    alone, stacked = (_adapters(net, 3, init, layer) for _ in range(2))
     before = {key: value.clone() for key, value in net.state_dict().items()}
     bank = Bank(net, stacked, CPU)
     rates = Rates([build_optimizer(name, pairs, lr=lr) for pairs in stacked], steps=30)
@@ -105,6 +112,12 @@ def test_a_training_in_a_stack_is_the_training_alone(name: str) -> None:
             scale = float(other.delta().abs().max())
             assert scale > 0
             assert torch.allclose(pair.delta(), other.delta(), atol=1e-3 * scale)
+            if layer == "dora":
+                assert pair.magnitude is not None
+                assert other.magnitude is not None
+                moved = pair.magnitude - torch.linalg.vector_norm(pair.base_weight, dim=1)
+                assert float(moved.detach().abs().max()) > lr / 2
+                assert torch.allclose(pair.magnitude, other.magnitude, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
@@ -224,6 +237,26 @@ def test_gradients_and_pictures_are_those_of_the_library(tmp_path: Path) -> None
     )
     both = [torch.tensor(list(contact_sheet(p, columns=2).tobytes())) for p in (drawn, expected)]
     assert int((both[0] - both[1]).abs().max()) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["corda", "eva", "lora_ga"])
+def test_a_start_from_batches_is_that_of_the_library(tmp_path: Path, init: str) -> None:
+    """The shelf gives back what the library writes, and the function of the model stays."""
+    components = load_components()
+    subjects = Subjects(components, Shelf(tmp_path), Budget(2, batch=8))
+    once, again = (subjects.pairs("robot", 1, 2, init, 0.3, batches=2) for _ in range(2))
+    unet = twin(components.unet)
+    random = generator_of(1)
+    pairs = attach_lora(unet, 2, ATTENTION_TARGETS, init=INITS[init].layout, generator=random)
+    task = subjects.task(unet, pairs, "robot", 1)
+    data = Data(task.model_loss, task.loi_batches(2), task.used_places)
+    start_pairs(init, unet, pairs, data, generator=generator_of(1))
+    for mine, second, pair in zip(once, again, pairs, strict=True):
+        assert torch.equal(mine.left, pair.left)
+        assert torch.equal(mine.right, pair.right)
+        assert torch.equal(mine.right, second.right)
+        assert float(pair.right.detach().abs().max()) > 0
 
 
 @pytest.mark.slow

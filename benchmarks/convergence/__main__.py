@@ -45,12 +45,15 @@ def make_parser() -> argparse.ArgumentParser:
         "part",
         choices=PARTS,
         help="tuning: every learning rate on the tuning concepts; test: the same on the test concepts; curves: the "
-        "learning rates that are best in the tuning file, by score and by loss, on the test concepts, scored on the "
+        "learning rates that are best in the tuning file, see --choices, on the test concepts, scored on the "
         "way; sweeps: at that of the loss, one setting after the other varied on the tuning concepts",
     )
     trains.add_argument("--output", type=Path, help="JSON; default below benchmarks/results")
     trains.add_argument(
-        "--methods", nargs="+", default=list(DEFAULT), help="OPTIMIZER[@MOMENTUM][:MAP][+INIT]"
+        "--methods",
+        nargs="+",
+        default=list(DEFAULT),
+        help="OPTIMIZER[@MOMENTUM][:MAP][+INIT][/LAYER]",
     )
     trains.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="main one first")
     trains.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -70,6 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=list(SWEEPS),
         choices=SWEEPS,
         help="of sweeps, for riemannion",
+    )
+    trains.add_argument(
+        "--choices",
+        nargs="+",
+        default=list(MEASURES),
+        choices=MEASURES,
+        help="of curves: by what its learning rates are best",
     )
     usual = Budget()
     trains.add_argument("--steps", type=int, default=usual.steps)
@@ -107,9 +117,10 @@ def cells_of(options: argparse.Namespace, tuned: Records) -> list[Cell]:
         )
     if options.part in {"curves", "sweeps"}:
         places = [(m, r) for r in options.ranks for m in options.methods]
-        best = [best_rates(tuned, places, measure) for measure in MEASURES]
+        choices = ["loss"] if options.part == "sweeps" else options.choices
+        best = [best_rates(tuned, places, measure) for measure in choices]
         if options.part == "sweeps":
-            return sweep_plan(options.settings, best[MEASURES.index("loss")], options.seeds)
+            return sweep_plan(options.settings, best[0], options.seeds)
         return best_cells(best, options.seeds)
     return plan(options.methods, options.ranks, options.seeds, centres, options.grid)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dreamrie.config.method import usual_init, usual_start_scale
 from dreamrie.core_maps import CORE_MAPS
 from dreamrie.init_table import INITS
-from dreamrie.optimizer_table import OPTIMIZERS
+from dreamrie.optimizer_table import OPTIMIZERS, Entry
 
 # Middle of the grid, in the unit of each optimizer, from runs on the tuning concepts; a best value at the end of it
 # is marked in the table, and --centre moves the grid.
@@ -32,6 +32,7 @@ ELEMENTWISE = {"adamw", "sgd", "loraplus"}
 # Adam's first beta is its momentum; the library leaves it at torch's default.
 _ADAM_MOMENTUM = dict.fromkeys(("adamw", "loraplus", "lorafa", "rprec_adamw"), 0.9)
 DEFAULT = ("adamw", "riemannion+loi")
+LAYERS = ("dora", "rslora")
 GRID, DECADES = 7, 2.0
 
 
@@ -40,11 +41,12 @@ class Method:
     """What a name stands for.
 
     Attributes:
-        name: `OPTIMIZER[@MOMENTUM][:MAP][+INIT]`.
+        name: `OPTIMIZER[@MOMENTUM][:MAP][+INIT][/LAYER]`.
         optimizer: key of `dreamrie.optimizer_table.OPTIMIZERS`.
-        init: start of the adapters, `loi` or as `dreamrie.attach_lora` takes it.
+        init: start of the adapters, key of `dreamrie.init_table.INITS`.
         core_map: key of `dreamrie.core_maps.CORE_MAPS` for an optimizer that has them.
         momentum: that of the optimizer, the first beta of Adam; None is its default.
+        layer: of `LAYERS`, or nothing for the usual one.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Method:
     init: str
     core_map: str | None = None
     momentum: float | None = None
+    layer: str = ""
 
     @property
     def is_elementwise(self) -> bool:
@@ -72,18 +75,19 @@ def parse_method(name: str) -> Method:
     Raises:
         SystemExit: there is no such optimizer or start, or they do not go together.
     """
-    parts = re.fullmatch(r"([^@:+]*)(?:@([^:+]*))?(?::([^@:+]*))?(?:\+([^@:+]*))?", name)
-    optimizer, momentum, core_map, init = parts.groups() if parts else (name, None, None, None)
+    parts = re.fullmatch(
+        r"([^@:+/]*)(?:@([^:+/]*))?(?::([^@:+/]*))?(?:\+([^@:+/]*))?(?:/([^@:+/]*))?", name
+    )
+    optimizer, momentum, core_map, init, layer = parts.groups() if parts else (name, *[None] * 4)
     if optimizer not in OPTIMIZERS:
         raise SystemExit(
             f"--methods: there is no optimizer {optimizer!r} in {name!r}; known: {', '.join(OPTIMIZERS)}. A method is "
-            "OPTIMIZER[@MOMENTUM][:MAP][+INIT]"
+            "OPTIMIZER[@MOMENTUM][:MAP][+INIT][/LAYER]"
         )
     start, entry = init or usual_init(optimizer), OPTIMIZERS[optimizer]
-    if start not in INITS or (INITS[start].needs == "batches" and start != "loi"):
-        known = [key for key, one in INITS.items() if one.needs != "batches" or key == "loi"]
+    if start not in INITS:
         raise SystemExit(
-            f"--methods: {name!r} wants the start {start!r}; here there are {', '.join(known)}"
+            f"--methods: {name!r} wants the start {start!r}; there are {', '.join(INITS)}"
         )
     anchored = INITS[start].anchored
     if (entry.needs_rank and not anchored) or (entry.anchor == "refused" and anchored):
@@ -92,7 +96,24 @@ def parse_method(name: str) -> Method:
         raise SystemExit(
             f"--methods: {name!r} wants the spectral map {core_map!r}; riemannion has {', '.join(CORE_MAPS)}"
         )
-    return Method(name, optimizer, start, core_map or None, _momentum(name, optimizer, momentum))
+    if layer is not None:
+        _check_layer(name, entry, anchored, layer)
+    usual = _momentum(name, optimizer, momentum)
+    return Method(name, optimizer, start, core_map or None, usual, layer or "")
+
+
+def _check_layer(name: str, entry: Entry, anchored: bool, layer: str) -> None:
+    """Refuse a layer that there is not, or that the training script does not offer with the rest of a name."""
+    if layer not in LAYERS:
+        raise SystemExit(
+            f"--methods: {name!r} wants the layer {layer!r}; there are {', '.join(LAYERS)}"
+        )
+    if (layer == "dora" and (entry.no_dora or anchored)) or (
+        layer == "rslora" and entry.gauge_invariant
+    ):
+        raise SystemExit(
+            f"--methods: {name!r}: {layer} does not go with its optimizer or its start"
+        )
 
 
 def usual_momentum(optimizer: str) -> float | None:

@@ -22,6 +22,7 @@ from benchmarks.convergence.scoring import Judge
 from benchmarks.convergence.subjects import LOI_BATCHES, Shelf, Subjects
 from benchmarks.convergence.training import OutOfTimeError, Stack
 from dreamrie.diffusion.components import load_components
+from dreamrie.init_table import INITS
 from dreamrie.optimizer_table import OPTIMIZERS
 
 # Failures in a row after which it is no use to go on.
@@ -126,8 +127,10 @@ class _Worker:
         if job.kind == "start":
             key, value = setting_of(cell)
             batches = int(value) if key == "batches" else LOI_BATCHES
+            init = parse_method(cell.method).init
             return [
-                len(self.subjects.start(n, cell.seed, cell.rank, batches)) for n in job.concepts
+                len(self.subjects.start(n, cell.seed, cell.rank, init, batches))
+                for n in job.concepts
             ]
         return self.stack.run(cell, job.concepts, self.order.deadline)
 
@@ -185,13 +188,13 @@ def jobs_of(
     for cell, concepts in todo:
         stages.setdefault((cell.rank, cell.seed), []).append((cell, concepts))
     for cells in stages.values():
-        # A row once for each concept and seed, a start for each concept, seed, rank and number of batches.
+        # A row once for each concept and seed, one of each start for a concept, seed, rank and number of batches.
         for cell, concepts in cells:
             method, (name, value) = parse_method(cell.method), setting_of(cell)
             wanted: list[tuple[str, tuple[Any, ...]]] = [("rows", (cell.seed,))]
-            if method.init == "loi":
+            if INITS[method.init].needs == "batches":
                 batches = int(value) if name == "batches" else LOI_BATCHES
-                wanted.append(("start", (cell.seed, cell.rank, batches)))
+                wanted.append(("start", (method.init, cell.seed, cell.rank, batches)))
             for kind, key in wanted:
                 for concept in concepts:
                     if (kind, key, concept) not in made:

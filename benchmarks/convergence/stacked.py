@@ -26,20 +26,35 @@ class StackedLinear(nn.Module):
         base: shared and frozen.
         left: (runs, out, R). right: (runs, R, in).
         scaling: factor between left @ right and the change of the weight.
+        magnitude: (runs, out), norms of the rows of the weight, for DoRA.
     """
 
     def __init__(
-        self, base: nn.Module, left: nn.Parameter, right: nn.Parameter, scaling: float
+        self,
+        base: Any,
+        left: nn.Parameter,
+        right: nn.Parameter,
+        scaling: float,
+        magnitude: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.base, self.left, self.right, self.scaling = base, left, right, scaling
+        self.magnitude = magnitude
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         """Rows (runs * n, ..., in) to (runs * n, ..., out)."""
         y: Tensor = self.base(x)
         rows = x.reshape(len(self.left), -1, x.shape[-1])
-        change = (rows @ self.right.mT) @ self.left.mT
-        return y + self.scaling * change.view_as(y)
+        change = self.scaling * ((rows @ self.right.mT) @ self.left.mT)
+        if self.magnitude is None:
+            return y + change.view_as(y)
+        # As in dreamrie.lora.dora, the norms are constants for the gradient.
+        with torch.no_grad():
+            moved = self.base.weight + self.scaling * (self.left @ self.right)
+            norms = torch.linalg.vector_norm(moved, dim=2)
+        bias = 0.0 if self.base.bias is None else self.base.bias
+        turned = (y - bias).view_as(change) + change
+        return ((self.magnitude / norms)[:, None] * turned).view_as(y) + bias
 
 
 def twin(unet: Any) -> Any:
@@ -53,7 +68,8 @@ class Bank:
 
     Args:
         unet: without adapters; stays as it is.
-        runs: pairs of each training, all of one shape. Their parameters are replaced: they lie in the bank then.
+        runs: pairs of each training, all of one shape, with magnitudes or without. Their parameters are replaced: they
+            lie in the bank then.
         home: device on which the optimizers step.
 
     Attributes:
@@ -63,7 +79,7 @@ class Bank:
 
     def __init__(self, unet: Any, runs: Sequence[Sequence[LoraPair]], home: torch.device) -> None:
         device = next(unet.parameters()).device
-        shapes = [shape for pair in runs[0] for shape in (pair.left.shape, pair.right.shape)]
+        shapes = [part.shape for pair in runs[0] for part in pair.parameters]
         sizes = [len(runs) * shape.numel() for shape in shapes]
         self.values = torch.zeros(sum(sizes), device=device)
         self.gradients = torch.zeros_like(self.values)
@@ -79,17 +95,19 @@ class Bank:
             self._parts(self.gradients, sizes, shapes),
         )
         self.unet = twin(unet)
+        width = len(runs[0][0].parameters)
         for number, pair in enumerate(runs[0]):
             leaves = []
             for value, gradient in zip(
-                *(part[2 * number : 2 * number + 2] for part in stacked), strict=True
+                *(part[width * number : width * (number + 1)] for part in stacked), strict=True
             ):
                 leaf = nn.Parameter(value)
                 leaf.grad = gradient
                 leaves.append(leaf)
             base = self.unet.get_submodule(pair.name)
+            left, right, *magnitude = leaves
             self.unet.set_submodule(
-                pair.name, StackedLinear(base, leaves[0], leaves[1], pair.scaling)
+                pair.name, StackedLinear(base, left, right, pair.scaling, *magnitude)
             )
         own = (
             self._parts(self._home_values, sizes, shapes),
@@ -97,9 +115,8 @@ class Bank:
         )
         for run, pairs in enumerate(runs):
             for number, pair in enumerate(pairs):
-                self._adopt(
-                    run, pair, *([part[2 * number + side] for part in own] for side in (0, 1))
-                )
+                first = width * number
+                self._adopt(run, pair, *(part[first : first + width] for part in own))
         self.push()
 
     @staticmethod
@@ -110,19 +127,24 @@ class Bank:
             for part, shape in zip(flat.split(list(sizes)), shapes, strict=True)
         ]
 
-    def _adopt(self, run: int, pair: LoraPair, left: list[Tensor], right: list[Tensor]) -> None:
-        """Let a pair's parameters be parts of the bank."""
+    def _adopt(
+        self, run: int, pair: LoraPair, values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        """Let a pair's parameters be parts of the bank: values and gradients of each of its parameters in turn."""
         module: Any = pair.module
-        for side, holder, (values, gradients) in (
-            ("left", module.lora_B[pair.adapter_name], left),
-            ("right", module.lora_A[pair.adapter_name], right),
-        ):
-            values[run].copy_(holder.weight.detach())
-            parameter = nn.Parameter(values[run])
-            parameter.grad = gradients[run]
+        homes = (
+            ("left", module.lora_B),
+            ("right", module.lora_A),
+            ("magnitude", module.lora_magnitude_vector),
+        )
+        for (name, home), value, gradient in zip(homes, values, gradients, strict=False):
+            holder = home[pair.adapter_name]
+            value[run].copy_(holder.weight.detach())
+            parameter = nn.Parameter(value[run])
+            parameter.grad = gradient[run]
             holder.weight = parameter
-            setattr(pair, side, parameter)
-            self._parameters.append((parameter, values[run], gradients[run]))
+            setattr(pair, name, parameter)
+            self._parameters.append((parameter, value[run], gradient[run]))
 
     @property
     def is_apart(self) -> bool:

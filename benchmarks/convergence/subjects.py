@@ -18,9 +18,9 @@ from dreamrie.diffusion.components import Components
 from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS, encode_prompts
 from dreamrie.diffusion.task import DreamBoothTask, denoising_target
-from dreamrie.fixed_rank import Point
-from dreamrie.loi import locally_optimal_init
-from dreamrie.lora import LoraPair, attach_lora
+from dreamrie.init_table import INITS
+from dreamrie.lora import LoraPair, attach_lora, start_pairs
+from dreamrie.lora.inits import Data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = ROOT / "examples" / "concepts"
@@ -153,26 +153,26 @@ class Subjects:
             **{key: torch.stack(part).cpu() for key, part in parts.items()},
         }
 
-    def start(self, concept: str, seed: int, rank: int, batches: int = LOI_BATCHES) -> list[Tensor]:
-        """Frames of the locally optimal start: u (out, r) and v (in, r) of every layer in turn."""
-        name = f"loi-{concept}-{seed}-{rank}-{batches}"
-        return self._shelf.get(name, lambda: self._make_start(concept, seed, rank, batches))
+    def start(
+        self, concept: str, seed: int, rank: int, init: str, batches: int = LOI_BATCHES
+    ) -> list[Tensor]:
+        """A start that looks at batches: its factors (out, R) and (R, in) of every layer in turn."""
+        name = f"{init}-{concept}-{seed}-{rank}-{batches}"
+        return self._shelf.get(name, lambda: self._make_start(concept, seed, rank, init, batches))
 
-    def _make_start(self, concept: str, seed: int, rank: int, batches: int) -> list[Tensor]:
+    def _make_start(
+        self, concept: str, seed: int, rank: int, init: str, batches: int
+    ) -> list[Tensor]:
         unet = twin(self.components.unet)
-        pairs = attach_lora(unet, rank, ATTENTION_TARGETS, generator=generator_of(seed))
-        task = self.task(unet, pairs, concept, seed)
-        locally_optimal_init(
-            unet, pairs, task.model_loss, task.loi_batches(batches), generator=generator_of(seed)
+        layout = INITS[init].layout
+        pairs = attach_lora(
+            unet, rank, ATTENTION_TARGETS, init=layout, generator=generator_of(seed)
         )
-        # The columns as they were written: read as a point, equal singular values would leave them free to turn.
-        root = (0.1 / rank**0.5) ** 0.5
-        frames = [
-            frame.detach() / root
-            for pair in pairs
-            for frame in (pair.left_matrix()[:, :rank], pair.right_matrix()[:rank].T)
-        ]
-        return [frame.contiguous().cpu() for frame in frames]
+        task = self.task(unet, pairs, concept, seed)
+        data = Data(task.model_loss, task.loi_batches(batches), task.used_places)
+        start_pairs(init, unet, pairs, data, generator=generator_of(seed))
+        factors = [factor for pair in pairs for factor in (pair.left, pair.right)]
+        return [factor.detach().clone().cpu() for factor in factors]
 
     def pairs(
         self,
@@ -182,6 +182,7 @@ class Subjects:
         init: str,
         alpha: float,
         batches: int = LOI_BATCHES,
+        layer: str = "",
     ) -> list[LoraPair]:
         """Adapters at their start, on a U-Net of their own over the shared weights.
 
@@ -189,24 +190,30 @@ class Subjects:
             concept: folder of pictures.
             seed: of the start.
             rank: r.
-            init: `loi`, or as `attach_lora` takes it.
+            init: of `dreamrie.init_table.INITS`.
             alpha: singular value of a start called loi or orthonormal; others have their own.
-            batches: of the locally optimal start.
+            batches: of a start that looks at any.
+            layer: see `methods.Method`.
         """
+        looks = INITS[init].needs == "batches"
         pairs = attach_lora(
             twin(self.components.unet),
             rank,
             ATTENTION_TARGETS,
-            init="orthonormal" if init == "loi" else init,
+            init=INITS[init].layout if looks else init,
             generator=generator_of(seed),
-            alpha=alpha if init in {"loi", "orthonormal"} else None,
+            alpha=alpha if init == "orthonormal" else None,
+            use_dora=layer == "dora",
+            use_rslora=layer == "rslora",
         )
-        if init == "loi":
-            frames = self.start(concept, seed, rank, batches)
-            for pair, u, v in zip(pairs, frames[::2], frames[1::2], strict=True):
-                size = torch.full((pair.rank,), alpha)
-                point = Point(*(part.to(pair.left.device) for part in (u, size, v)))
-                pair.set_start(point, anchored=True)
+        if looks:
+            # That of loi was written at the usual size; each factor has the root of it.
+            size = (alpha / (0.1 / rank**0.5)) ** 0.5 if init == "loi" else 1.0
+            factors = self.start(concept, seed, rank, init, batches)
+            with torch.no_grad():
+                for pair, left, right in zip(pairs, factors[::2], factors[1::2], strict=True):
+                    pair.left.copy_(size * left)
+                    pair.right.copy_(size * right)
         return pairs
 
 

@@ -176,6 +176,7 @@ class Stack:
             method.init,
             alpha * (float(value) if name == "alpha" else 1.0),
             int(value) if name == "batches" else LOI_BATCHES,
+            method.layer,
         )
 
     @staticmethod
