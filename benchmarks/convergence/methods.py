@@ -15,17 +15,17 @@ from dreamrie.optimizer_table import OPTIMIZERS, Entry
 # is marked in the table, and --centre moves the grid.
 CENTRES = {
     "riemannion": 3.16e-2,
-    "riemann_sgd": 1.0,
+    "riemann_sgd": 10.0,
     "riemann_adam": 1e-1,
     "imuon": 3.16e-2,
     "lora_muon": 3.16e-2,
-    "lora_rite": 3.16e-2,
+    "lora_rite": 3.16e-1,
     "adamw": 1e-2,
-    "lorafa": 1e-2,
+    "lorafa": 4.64e-2,
     "rprec_adamw": 1e-2,
     "loraplus": 3.16e-3,
     "muon": 1e-2,
-    "sgd": 10.0,
+    "sgd": 0.316,
 }
 # Elementwise, in few launches; the others factor many small matrices, for which a processor is quicker than a GPU.
 ELEMENTWISE = {"adamw", "sgd", "loraplus"}

@@ -17,7 +17,7 @@ RANKS, SEEDS = (4, 2, 8, 16), (0, 1, 2)
 MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 
 SWEEPS: dict[str, tuple[float | str, ...]] = {
-    "alpha": (0.1, 0.3, 3.0, 10.0),
+    "alpha": (0.01, 0.03, 0.1, 0.3, 3.0, 10.0),
     "batches": (1, 8, 128),
     "decay": (0.01, 0.1, 1.0),
     "schedule": ("constant", "linear"),
