@@ -18,6 +18,9 @@ SPECTRAL = "spectral norm of a step of X"
 PRODUCT = "it moves the product of the factors, and with magnitudes the change of a layer is no longer that product"
 FACTOR = "size of the entries of a step of each factor"
 GRADIENT = "multiple of the gradient"
+# Of methods whose steps have one length. Riemannion's paper has 0.9, torch and the papers of the others have 0.95;
+# docs/optimizers.md measures all of them.
+SPECTRAL_MOMENTUM = 0.5
 
 # Keys of dreamrie.core_maps.CORE_MAPS, which needs torch.
 CORE_MAP_NAMES = (
@@ -82,8 +85,7 @@ OPTIMIZERS: dict[str, Entry] = {
         gauge_invariant=True,
         no_dora=PRODUCT,
         anchor="frozen",
-        # The paper has 0.9; docs/optimizers.md measures both.
-        momentum=0.5,
+        momentum=SPECTRAL_MOMENTUM,
         max_grad_norm=0.0,
         needs_rank=True,
         bounded_step=True,
@@ -128,7 +130,7 @@ OPTIMIZERS: dict[str, Entry] = {
         gauge_invariant=True,
         no_dora=PRODUCT,
         anchor="frozen",
-        momentum=0.95,
+        momentum=SPECTRAL_MOMENTUM,
         max_grad_norm=0.0,
         needs_rank=True,
         bounded_step=True,
@@ -143,7 +145,7 @@ OPTIMIZERS: dict[str, Entry] = {
         gauge_invariant=True,
         no_dora=PRODUCT,
         anchor="frozen",
-        momentum=0.95,
+        momentum=SPECTRAL_MOMENTUM,
         max_grad_norm=0.0,
         needs_rank=True,
         bounded_step=True,
@@ -188,7 +190,7 @@ OPTIMIZERS: dict[str, Entry] = {
         "spectral norm of a step of lora_A; of lora_B sqrt(m / r) times that",
         1e-3,
         "(m + n) r",
-        momentum=0.95,
+        momentum=SPECTRAL_MOMENTUM,
         max_grad_norm=0.0,
         no_dora="torch's Muon takes matrices only, and a magnitude is a vector",
     ),

@@ -107,7 +107,7 @@ def main_rows(
     measure: Measure = "score",
     rates: Mapping[Place, float] | None = None,
 ) -> list[Row]:
-    """Rows of the table: every method at a rank, and AdamW at twice the rank.
+    """Rows of the table: every method at a rank, and those that were trained at twice the rank.
 
     Args:
         tuning: by method and rank, on the tuning concepts.
@@ -131,7 +131,7 @@ def main_rows(
             "best learning rate of the tuning file now: `run curves` again"
         )
     steps, rival = [0, *curves.marks], (RIVAL, rank)
-    places = [one for one in places_of(curves) if one[1] == rank or one == (RIVAL, 2 * rank)]
+    places = [one for one in places_of(curves) if one[1] in {rank, 2 * rank}]
     found = []
     for place in sorted(places, key=lambda one: one != rival):
         both = collect(curves, [rival, place], measure)

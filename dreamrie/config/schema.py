@@ -227,8 +227,8 @@ class OptimizerSettings(Group):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="not for adamw and its relatives; default 0.5 for riemannion, 0.95 for muon, imuon and lora_muon, "
-        "0.9 for the others",
+        description="not for adamw and its relatives; default 0.5 for riemannion, imuon, lora_muon and muon, 0.9 for "
+        "the others",
     )
     core_map: CoreMapName | None = Field(
         None,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dreamrie.optimizer_table import SPECTRAL_MOMENTUM
 from dreamrie.optimizers.factors import (
     Answer,
     Side,
@@ -31,7 +32,10 @@ from dreamrie.riemannion_layers import Layer, State
 
 
 def imuon(
-    pairs: Sequence[LoraPairLike], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    pairs: Sequence[LoraPairLike],
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = SPECTRAL_MOMENTUM,
 ) -> PairOptimizer:
     """Intrinsic Muon; lr is the spectral norm of each half of a step of X."""
     return PairOptimizer(IMUON, pairs, lr, momentum, weight_decay)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dreamrie.optimizer_table import SPECTRAL_MOMENTUM
 from dreamrie.optimizers.factors import (
     Answer,
     Side,
@@ -29,7 +30,10 @@ from dreamrie.riemannion_layers import Factor, Layer, State
 
 
 def lora_muon(
-    pairs: Sequence[LoraPairLike], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    pairs: Sequence[LoraPairLike],
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = SPECTRAL_MOMENTUM,
 ) -> PairOptimizer:
     """LoRA-Muon; lr is twice the spectral norm of each half of a step of X."""
     return PairOptimizer(LORA_MUON, pairs, lr, momentum, weight_decay)
