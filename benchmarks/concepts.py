@@ -110,7 +110,10 @@ class Search:
 
 
 # The tables of the README were measured before the defaults changed, with these.
-MEASURED_WITH = ("--momentum", "0.9", "--learning_rate", "2e-2", "--loi_batches", "32")
+MEASURED_WITH = (
+    *("--momentum", "0.9", "--learning_rate", "2e-2"),
+    *("--loi_batches", "32", "--start_scale", "0.2"),
+)
 
 
 def flags_of(concept: str, seed: int, folder: Path, extra: Sequence[str]) -> list[str]:

@@ -51,7 +51,10 @@ class Entry:
         momentum: default, None where it is not a setting.
         max_grad_norm: default limit of the gradient norm, 0: not clipped.
         needs_rank: cannot start where the product of the factors has a rank below r.
-        bounded_step: a step has about spectral norm lr, so that a start must not be small beside it.
+        bounded_step: a step has about spectral norm lr.
+        retracts: a step of the product is cut back to the rank, so that a start may be small beside it; other bounded
+            steps are added to the factors, and the product of both halves is small only beside a larger start.
+        start_steps: singular values of the locally optimal start in learning rates, for bounded steps.
         trained_factors: how many of the two factors are trained.
         no_dora: why it cannot train DoRA's magnitudes too, to follow "because"; "": it can.
         options: the optimizer's own switches with their defaults.
@@ -69,6 +72,8 @@ class Entry:
     max_grad_norm: float = 1.0
     needs_rank: bool = False
     bounded_step: bool = False
+    retracts: bool = False
+    start_steps: float = 1.0
     trained_factors: int = 2
     no_dora: str = "it was not made for them"
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -89,6 +94,9 @@ OPTIMIZERS: dict[str, Entry] = {
         max_grad_norm=0.0,
         needs_rank=True,
         bounded_step=True,
+        retracts=True,
+        # docs/optimizers.md measures more and less.
+        start_steps=0.1,
         options={"core_map": "msign"},
     ),
     "riemann_sgd": Entry(
@@ -103,6 +111,7 @@ OPTIMIZERS: dict[str, Entry] = {
         anchor="frozen",
         momentum=0.9,
         needs_rank=True,
+        retracts=True,
     ),
     "riemann_adam": Entry(
         "dreamrie.optimizers.riemannian:riemann_adam",
@@ -118,6 +127,7 @@ OPTIMIZERS: dict[str, Entry] = {
         max_grad_norm=0.0,
         needs_rank=True,
         bounded_step=True,
+        retracts=True,
         options={"bias_correction": True},
     ),
     "imuon": Entry(

@@ -65,9 +65,8 @@ def test_names_of_methods() -> None:
     turned = Method("muon+gaussian/rslora", "muon", "gaussian", layer="rslora")
     assert parse_method("muon+gaussian/rslora") == turned
     assert parse_method("adamw@0.5") == Method("adamw@0.5", "adamw", "default", None, 0.5)
-    # 0.1 / sqrt(4) = 0.05, and ten steps of 0.02 are more.
-    assert parse_method("riemannion").start_scale(4, 0.001) == pytest.approx(0.05)
-    assert parse_method("riemannion").start_scale(4, 0.02) == pytest.approx(0.2)
+    assert parse_method("riemannion").start_scale(4, 0.02) == pytest.approx(0.002)
+    assert parse_method("imuon").start_scale(4, 0.02) == pytest.approx(0.02)
     assert parse_method("adamw+loi").start_scale(4, 0.02) == pytest.approx(0.05)
     assert grid_of(parse_method("adamw"), {"adamw": 0.5}, 1) == [0.5]
 

@@ -54,7 +54,7 @@ def test_resolved_settings_are_filled_in_and_read_back_equal(tmp_path: Path) -> 
     assert config.optimizer.learning_rate == 1e-3
     assert config.optimizer.momentum == 0.5
     assert config.optimizer.max_grad_norm == 0.0
-    assert config.adapter.start_scale == pytest.approx(0.1 / 3)
+    assert config.adapter.start_scale == pytest.approx(1e-4)
     assert config.schedule.lr_warmup_steps == 20
     assert config.adapter.init == "loi"
     text = to_yaml(config)
@@ -116,7 +116,9 @@ def test_defaults_follow_the_table_of_optimizers(name: str, tmp_path: Path) -> N
         "bias_correction": None,
     }
     assert settings.max_grad_norm == entry.max_grad_norm
-    assert settings.spectral_step == (entry.learning_rate if entry.bounded_step else None)
+    assert settings.step_of_factors == (
+        entry.learning_rate if name in {"imuon", "lora_muon", "lora_rite"} else None
+    )
     assert config.adapter.init == ("loi" if entry.needs_rank else "default")
     assert parse_config(settings_file(tmp_path, to_yaml(config))) == config
 
@@ -138,26 +140,28 @@ def test_guidance_follows_the_model_unless_it_is_given() -> None:
 
 
 def test_a_start_small_beside_a_step_is_refused_and_never_a_default() -> None:
+    added = [*NEEDED, "--optimizer", "lora_muon"]
     for flags, numbers in (
-        (["--learning_rate", "0.006", "--start_scale", "0.05"], ["0.05", "0.006", "0.06", "0.005"]),
-        (["--start_scale", "-0.009"], ["-0.009", "0.001", "0.01", "0.0009"]),
+        (["--learning_rate", "0.06", "--start_scale", "0.05"], ["0.05", "0.06", "lora_muon"]),
+        (["--start_scale", "-0.0009"], ["-0.0009", "0.001"]),
     ):
         with pytest.raises(ConfigError) as caught:
-            parse_config([*NEEDED, *flags])
+            parse_config([*added, *flags])
         for word in ("--start_scale", "--learning_rate", *numbers):
             assert word in str(caught.value)
         assert len(str(caught.value).splitlines()) == 3
     for flags in (
-        ["--learning_rate", "0.005"],
-        ["--learning_rate", "0.006", "--start_scale", "0.06"],
+        ["--learning_rate", "0.05", "--start_scale", "1e-6"],
+        ["--learning_rate", "0.06", "--start_scale", "0.06", "--optimizer", "lora_muon"],
         ["--learning_rate", "0.05", "--optimizer", "adamw", "--init", "loi"],
         ["--learning_rate", "0.05", "--init", "orthonormal"],
     ):
         assert parse_config([*NEEDED, *flags])
     for flags, scale in (
-        (["--learning_rate", "0.006"], 0.06),
-        (["--rank", "10000"], 0.01),
-        (["--rank", "16"], 0.025),
+        (["--learning_rate", "0.006"], 0.0006),
+        (["--learning_rate", "0.006", "--optimizer", "riemann_adam"], 0.006),
+        (["--learning_rate", "0.006", "--optimizer", "imuon"], 0.006),
+        (["--optimizer", "riemann_sgd", "--rank", "16"], 0.025),
         (["--learning_rate", "0.05", "--optimizer", "adamw", "--init", "loi"], 0.05),
     ):
         found = parse_config([*NEEDED, *flags]).adapter.start_scale

@@ -139,7 +139,7 @@ def test_digest_sees_one_bit_and_takes_every_dtype() -> None:
         ({"alpha": 0.0}, "alpha must be finite and not zero"),
         ({"alpha": math.nan}, "alpha must be finite"),
         ({"lr": -1.0}, "lr must be finite"),
-        ({"lr": 0.1}, "layer 'conv'.*below 10 lr"),
+        ({"lr": 0.1}, "layer 'conv'.*below lr"),
         ({"oversample": 3}, "belong to backprop_rsvd"),
         ({"estimator": "backprop_rsvd", "power": -1}, "power must not be negative"),
     ],

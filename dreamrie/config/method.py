@@ -154,10 +154,11 @@ def usual_start_scale(name: str, rank: int, rate: float) -> float:
         rate: peak learning rate.
 
     Returns:
-        0.1 / sqrt(r), and no less than ten steps where the learning rate is the size of a step: a smaller start
-        would lose part of each step when it is cut back to the rank (docs/method.md 5.4).
+        0.1 / sqrt(r) where the learning rate is not the size of a step; where it is, a multiple of it that the table
+        of optimizers holds (docs/method.md 5.4).
     """
-    return max(0.1 / rank**0.5, 10 * rate if OPTIMIZERS[name].bounded_step else 0.0)
+    entry = OPTIMIZERS[name]
+    return entry.start_steps * rate if entry.bounded_step else 0.1 / rank**0.5
 
 
 def usual_batches(init: str) -> int | None:

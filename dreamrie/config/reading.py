@@ -268,18 +268,17 @@ def config_of(
 
 
 def _check_start(config: TrainConfig | LlmConfig, sources: dict[str, str]) -> None:
-    """Refuse a start that is small beside a step, before the model is loaded and in a dry run too."""
-    scale, rate = config.adapter.start_scale, config.optimizer.spectral_step
-    if scale is None or rate is None or abs(scale) >= 10 * rate * (1 - 1e-9):
+    """Refuse a start that is small beside a step that is added to the factors, before the model is loaded."""
+    scale, rate = config.adapter.start_scale, config.optimizer.step_of_factors
+    if scale is None or rate is None or abs(scale) >= rate * (1 - 1e-9):
         return
     given = [name for name in ("start_scale", "learning_rate") if name in sources]
     raise ConfigError(
         message(
-            f"start_scale {scale:g} is less than 10 times learning_rate {rate:g}: cutting a step "
-            "back to the rank would discard part of it",
+            f"start_scale {scale:g} is less than learning_rate {rate:g}: {config.optimizer.optimizer} adds its steps "
+            "to the factors, and beside a small start their product is not small",
             ", ".join(sources[name] for name in given) or "settings",
-            f"--start_scale of at least {10 * rate:g}, or --learning_rate of at most "
-            f"{abs(scale) / 10:g}",
+            f"--start_scale of at least {rate:g}, or --learning_rate of at most {abs(scale):g}",
         )
     )
 

@@ -154,8 +154,8 @@ class StartSettings(Group):
     )
     start_scale: float | None = Field(
         None,
-        description="singular value of the loi start, not 0; default 0.1 / sqrt(rank), with riemannion at "
-        "least 10 learning rates",
+        description="singular value of the loi start, not 0; default a tenth of the learning rate for riemannion, the "
+        "learning rate for riemann_adam, imuon, lora_muon and lora_rite, else 0.1 / sqrt(rank)",
     )
     loi_estimator: Literal["mean_gradient", "sketch", "backprop_rsvd"] = Field(
         "mean_gradient", description="how loi estimates the gradient of the whole matrix"
@@ -247,9 +247,10 @@ class OptimizerSettings(Group):
     )
 
     @property
-    def spectral_step(self) -> float | None:
-        """Learning rate where it is about the size of a step in spectral norm; None where it is not."""
-        return self.learning_rate if OPTIMIZERS[self.optimizer].bounded_step else None
+    def step_of_factors(self) -> float | None:
+        """Learning rate where it is the size of a step that is added to the factors, which a small start forbids."""
+        entry = OPTIMIZERS[self.optimizer]
+        return self.learning_rate if entry.bounded_step and not entry.retracts else None
 
     @property
     def values(self) -> dict[str, Any]:

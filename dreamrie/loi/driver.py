@@ -31,8 +31,8 @@ _log = logging.getLogger(__name__)
 
 Estimator = Literal["mean_gradient", "sketch", "backprop_rsvd"]
 
-# Below alpha = 10 lr the truncation of a step throws away part of it (docs/method.md 5.4).
-_ALPHA_PER_LR = 10.0
+# Steps of the factors of size lr have a product of size lr^2 / alpha (docs/method.md 5.4).
+_ALPHA_PER_LR = 1.0
 _SIGMA_FLOOR = 1e-8
 
 
@@ -137,7 +137,8 @@ def locally_optimal_init(
             process of a team: each evaluates its share of them.
         alpha: signed size of the start; default 0.1 / sqrt(r).
         estimator: `mean_gradient`, `sketch` or `backprop_rsvd`; see `loi.estimators`.
-        lr: largest learning rate of the training; if given, |alpha| must be at least 10 times it.
+        lr: largest learning rate of an optimizer that adds its steps to the factors, as imuon and lora_muon do, in the
+            spectral norm of a step; |alpha| must not be below it. Riemannion needs no such limit.
         oversample: p of `backprop_rsvd`; default r.
         power: q of `backprop_rsvd`; default 1.
         generator: source of test matrices; default a new one with seed 0.
@@ -233,9 +234,9 @@ def _check(
         sizes.append(alpha if alpha is not None else 0.1 / math.sqrt(pair.rank))
         if lr is not None and abs(sizes[-1]) < _ALPHA_PER_LR * lr * (1 - 1e-9):
             raise ConfigError(
-                f"layer {pair.name!r}: |alpha| = {abs(sizes[-1]):.3g} is below 10 lr = "
-                f"{_ALPHA_PER_LR * lr:.3g}, so the rank-r truncation would discard part of each "
-                f"step. Raise alpha to at least {_ALPHA_PER_LR * lr:.3g} or lower the lr."
+                f"layer {pair.name!r}: |alpha| = {abs(sizes[-1]):.3g} is below lr = "
+                f"{_ALPHA_PER_LR * lr:.3g}, so the product of the steps of both factors would not be small beside "
+                f"their sum. Raise alpha to at least {_ALPHA_PER_LR * lr:.3g} or lower the lr."
             )
     return sizes
 

@@ -5,7 +5,7 @@
     concepts:
       - {name: dog, instance_data_dir: photos/dog, instance_prompt: a sks dog}
     grid:
-      learning_rate: [1e-2, 2e-2]    # every combination of the lists
+      learning_rate: [5e-2, 1e-1]    # every combination of the lists
 
 Of a setting that is given twice the grid or the concept counts before the base.
 """

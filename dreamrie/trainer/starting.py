@@ -68,7 +68,7 @@ def _start(config: AnyConfig, task: StartingTask) -> str:
         loi=Loi(
             adapter.start_scale,
             adapter.loi_estimator,
-            config.optimizer.spectral_step,
+            config.optimizer.step_of_factors,
             avoided(task.pairs),
         ),
         generator=torch.Generator().manual_seed(config.schedule.seed),

@@ -383,8 +383,8 @@ MUTANTS = [
         (LoraPair, "set_start", start_with_rewritten_base),
     ),
     loi(
-        "alpha below 10 lr accepted", caller_laws.law_l8_alpha_must_be_ten_times_lr,
-        "the truncation discards half of each step", (driver, "_ALPHA_PER_LR", 0.1),
+        "alpha below lr accepted", caller_laws.law_l8_alpha_must_not_be_below_lr,
+        "the product of both steps is larger than the steps", (driver, "_ALPHA_PER_LR", 0.1),
         raises=(AssertionError, pytest.fail.Exception),
     ),
 ]  # fmt: skip

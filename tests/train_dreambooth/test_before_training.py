@@ -133,8 +133,8 @@ BAD_INPUT = {
         lambda d: ["--output_dir", make_file(d / "up") / "out"],
         ["out", "is a file"],
     ),
-    "start below ten steps": (
-        lambda _: ["--start_scale", 1e-6],
+    "start below a step of the factors": (
+        lambda _: ["--start_scale", 1e-6, "--optimizer", "imuon"],
         ["1e-06", "0.001", "--start_scale", "--learning_rate"],
     ),
     "rank too large, with class pictures to make": (

@@ -48,7 +48,7 @@ class Loi:
     Attributes:
         alpha: size of the start, of `orthonormal` too; None: 0.1 / sqrt(r).
         estimator: of the gradient.
-        lr: largest learning rate, where it is the size of a step.
+        lr: largest learning rate, where it is the size of a step that is added to the factors.
         avoid: for each pair, input directions that its start must not respond to.
     """
 

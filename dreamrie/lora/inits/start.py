@@ -21,8 +21,6 @@ from dreamrie.team import ALONE
 # A product of factors counts as zero below this share of their sizes; bf16 has 8 bits.
 _ZERO = {torch.float64: 1e-12, torch.float32: 1e-5}
 _ZERO_HALF = 2e-2
-# Below alpha = 10 lr the truncation of a step throws away part of it (docs/method.md 5.4).
-_SIZE_PER_LR = 10.0
 
 
 def find_init(name: str) -> Init:
@@ -146,14 +144,14 @@ def _check_points(name: str, entry: Init, pairs: Sequence[LoraPair], lr: float |
     small = []
     for pair in pairs:
         least = float(pair.point().s[-1])
-        if lr is not None and least < _SIZE_PER_LR * lr * (1 - 1e-2):
+        if lr is not None and least < lr * (1 - 1e-2):
             small.append((least, pair.name))
     if small:
         least, where = min(small)
         log.warning(
-            "start %s: singular values down to %.1e (layer %s), below 10 learning rates (%.1e) in %d of %d layers: "
-            "there the first steps lose a part when they are cut back to the rank",
-            name, least, where, _SIZE_PER_LR * (lr or 0.0), len(small), len(pairs),
+            "start %s: singular values down to %.1e (layer %s), below the learning rate (%.1e) in %d of %d layers: "
+            "there the product of the steps of both factors is not small beside their sum",
+            name, least, where, lr or 0.0, len(small), len(pairs),
         )  # fmt: skip
 
 
