@@ -40,7 +40,7 @@ def train(model: torch.nn.Module, batches: list[torch.Tensor], steps: int) -> li
     """Train a rank-4 adapter on every linear layer and return the loss before each step."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     pairs = dreamrie.attach_lora(model, rank=4, target_modules=targets)
-    dreamrie.locally_optimal_init(model, pairs, language_loss, batches, alpha=0.3, lr=0.03)
+    dreamrie.locally_optimal_init(model, pairs, language_loss, batches, alpha=0.003)
     optimizer = dreamrie.Riemannion(pairs, lr=0.03)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     losses = []

@@ -67,7 +67,8 @@ def test_the_hash_is_of_what_decides() -> None:
 @pytest.mark.parametrize(
     ("words", "start"),
     [
-        ([], "loi, mean_gradient of 8 batches, singular values 0.05"),
+        ([], "loi, mean_gradient of 8 batches, singular values 0.0001"),
+        (["--init", "orthonormal", "--start_scale", "0.25"], "orthonormal, singular values 0.25"),
         (["--loi_batches", "7", "--start_scale", "-0.5"], "loi, mean_gradient of 7 batches, singular values -0.5"),
         (["--optimizer", "adamw"], "default"),
         (["--init", "pissa"], "pissa"),

@@ -18,6 +18,8 @@ from dreamrie.optimizer_table import OPTIMIZERS
 
 # These do nothing without the start called loi, so giving one alone is a mistake.
 LOI_ONLY = ("loi_estimator", "orthogonal_to")
+# Starts of a size that can be chosen.
+SCALED = ("loi", "orthonormal")
 
 
 def groups_of(kind: type[BaseModel]) -> dict[str, type[Group]]:
@@ -63,9 +65,9 @@ def check_method(adapter: StartSettings, optimizer: OptimizerSettings) -> None:
         )
     if adapter.start_scale == 0:
         raise ValueError("start_scale must not be 0: a change of rank 0 is not on the manifold")
-    if adapter.start_scale is not None and init != "loi":
+    if adapter.start_scale is not None and init not in SCALED:
         raise ValueError(
-            f"start_scale is a setting of init loi, not of init {init}; leave it out, "
+            f"start_scale is a setting of the starts {' and '.join(SCALED)}, not of init {init}; leave it out, "
             "or add --init loi"
         )
     if optimizer.momentum is not None and entry.momentum is None:
@@ -146,7 +148,7 @@ def idle_method(
 
 
 def usual_start_scale(name: str, rank: int, rate: float) -> float:
-    """Singular values of the locally optimal start, if none are given.
+    """Singular values of a start of `SCALED`, if none are given.
 
     Args:
         name: of the optimizer.
@@ -201,7 +203,7 @@ def follow_method(
         },
         "adapter": {
             "init": init,
-            "start_scale": start if init == "loi" else None,
+            "start_scale": start if init in SCALED else None,
             "loi_batches": usual_batches(init),
         },
     }
@@ -237,7 +239,8 @@ def start_facts(adapter: StartSettings) -> str:
     start = str(adapter.init)
     if adapter.init == "loi":
         start += f", {adapter.loi_estimator} of {adapter.batches} batches"
-        start += f", singular values {adapter.start_scale:g}" if adapter.start_scale else ""
     elif INITS[start].needs == "batches":
         start += f" of {adapter.batches} batches"
+    if adapter.start_scale is not None:
+        start += f", singular values {adapter.start_scale:g}"
     return f"{start}, DoRA" if adapter.use_dora else start

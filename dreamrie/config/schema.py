@@ -154,8 +154,8 @@ class StartSettings(Group):
     )
     start_scale: float | None = Field(
         None,
-        description="singular value of the loi start, not 0; default a tenth of the learning rate for riemannion, the "
-        "learning rate for riemann_adam, imuon, lora_muon and lora_rite, else 0.1 / sqrt(rank)",
+        description="singular value of the starts loi and orthonormal, not 0; default a tenth of the learning rate for "
+        "riemannion, the learning rate for riemann_adam, imuon, lora_muon and lora_rite, else 0.1 / sqrt(rank)",
     )
     loi_estimator: Literal["mean_gradient", "sketch", "backprop_rsvd"] = Field(
         "mean_gradient", description="how loi estimates the gradient of the whole matrix"
@@ -190,7 +190,8 @@ class StartSettings(Group):
     def layout(self) -> dict[str, Any]:
         """Arguments of `attach_lora` that follow from these settings."""
         switches = {"use_rslora": self.use_rslora, "use_dora": self.use_dora}
-        return {"rank": self.rank, "init": self.attach_init, **switches}
+        alpha = self.start_scale if self.init == "orthonormal" else None
+        return {"rank": self.rank, "init": self.attach_init, "alpha": alpha, **switches}
 
     @property
     def is_anchored(self) -> bool:

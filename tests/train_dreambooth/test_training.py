@@ -98,7 +98,7 @@ def test_adamw_alone_is_the_usual_lora(command: Command, tmp_path: Path) -> None
 
 
 def test_adamw_from_loi_is_a_named_baseline(command: Command, tmp_path: Path) -> None:
-    # Its learning rate is no spectral norm, so the start need not be ten times as large.
+    # Its learning rate is no spectral norm, so the start may be smaller.
     flags = ("--optimizer", "adamw", "--init", "loi", "--learning_rate", 0.05)
     assert command(*flags, "--max_train_steps", 2) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
