@@ -49,7 +49,7 @@ INITS: dict[str, Init] = {
     ),
     "orthonormal": Init(
         f"{_PACKAGE}.stiefel:orthonormal",
-        "random orthonormal u and v, equal singular values 0.1 / sqrt(r)",
+        "random orthonormal u and v, equal singular values of --start_scale",
         "own",
     ),
     "stiefel_a": Init(
