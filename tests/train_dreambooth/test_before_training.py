@@ -193,7 +193,7 @@ def test_a_dry_run_finds_bad_input_too(command: Command, tmp_path: Path) -> None
         "wrong model path",
         "rank too large",
         "output is a file",
-        "start below ten steps",
+        "start below a step of the factors",
     ):
         assert command("--dry-run", *BAD_INPUT[case][0](tmp_path)) == 2
 
