@@ -203,6 +203,8 @@ def _draw_rates(
 def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> None:
     """Print tables and targets, draw the figures.
 
+    Curves are drawn of the methods with all seeds; the tables have those with fewer, too.
+
     Args:
         files: finished trainings by part: tuning, test, curves, sweeps; any may be empty.
         rank: of the first table, and of the figures but the one over ranks.
@@ -243,7 +245,9 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
             print(targets(rows) + "\n")
             # The loss of two trainings tells learning rates apart, their pictures hardly do.
             if choice == "loss":
-                figures.steps(rows, steps, WORDS[measure])
+                most = max(one.trainings for one in rows)
+                whole = [one for one in rows if one.trainings == most]
+                figures.steps(whole, steps, WORDS[measure])
         tuned: dict[int, Grid] = {}
         for place, one in tuning.items():
             tuned.setdefault(place[1], {})[place] = one
