@@ -234,6 +234,7 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             tuning.add(cell, scores)
     sweeps = Records({}, {"owl": BASE})
     sweeps.add(Cell("riemannion+loi", 4, 1.0, 0, "decay=1"), {"owl": [6000, 3000, 90_000, 5000]})
+    sweeps.add(Cell("riemannion+loi", 4, 1.0, 0), {"owl": [4000, 3000, 90_000, 5000]})
     points = plane(test, collect(test, [ADAMW, OURS]))
     assert points["base model"] == [(0.5, 1.0)]
     assert points["adamw"][0] == pytest.approx((0.5, 1.0), abs=1e-3)
@@ -249,8 +250,8 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [cell.strip() for cell in cells] == [
         "decay=1",
         "1",
-        "+0.190",
-        "0.000",
+        "+0.190 ± 0.000",
+        "+0.190 ± 0.000 (1)",
         "0.750",
         "1.000",
         "0.100",

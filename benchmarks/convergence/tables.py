@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.convergence.gains import Place, Series, draws, gains, interval
+from benchmarks.convergence.gains import Place, Series, Unit, draws, gains, interval
 from benchmarks.convergence.records import AT_A_MARK, Records
 from benchmarks.convergence.targets import EQUAL, Row, plateau, transfer
 
@@ -150,8 +150,11 @@ def _said(reached: bool) -> str:
 
 
 def means_table(records: Records) -> str:
-    """Means over the trainings of each method, rank, rate and changed setting, and the gain's standard error."""
-    kept: dict[tuple[str, int, float, str], list[list[float]]] = {}
+    """Means over the trainings of each method, rank, rate and changed setting, with standard errors.
+
+    Where the same trainings were made with the defaults, too, the gain's paired difference to those.
+    """
+    kept: dict[tuple[str, int, float, str], dict[Unit, list[float]]] = {}
     for cell, scores in records.cells.items():
         for name, one in scores.items():
             image, margin, loss, _ = one[-AT_A_MARK - 1 :]
@@ -159,26 +162,33 @@ def means_table(records: Records) -> str:
                 continue
             base = records.base[name]
             numbers = [gains(one, base)[-1], image / base[3], margin / base[1], 1 - loss / base[4]]
-            key = (cell.method, cell.rank, cell.lr, cell.setting or "defaults")
-            kept.setdefault(key, []).append(numbers)
+            key = (cell.method, cell.rank, cell.lr, cell.setting)
+            kept.setdefault(key, {})[name, cell.seed] = numbers
     lines = []
     for (method, rank, lr, setting), values in sorted(kept.items()):
-        mean = np.mean(values, axis=0)
-        error = np.std(values, axis=0)[0] / max(1, len(values) - 1) ** 0.5
+        every = [one[0] for one in values.values()]
+        mean = np.mean(list(values.values()), axis=0)
+        usual = kept.get((method, rank, lr, ""), {}) if setting else {}
+        paired = [values[unit][0] - usual[unit][0] for unit in values if unit in usual]
         lines.append(
             [
                 method,
                 str(rank),
                 f"{lr:g}",
-                setting,
+                setting or "defaults",
                 str(len(values)),
-                f"{mean[0]:+.3f}",
-                f"{error:.3f}",
+                f"{mean[0]:+.3f} ± {_error(every):.3f}",
+                f"{np.mean(paired):+.3f} ± {_error(paired):.3f} ({len(paired)})" if paired else "",
             ]
             + [f"{value:.3f}" for value in mean[1:]]
         )
-    head = ("method", "rank", "lr", "setting", "trainings", "gain", "its standard error")
+    head = ("method", "rank", "lr", "setting", "trainings", "gain", "minus defaults (trainings)")
     return _aligned((*head, "likeness", "prompts kept", "loss gone"), lines)
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of a mean."""
+    return float(np.std(values)) / max(1, len(values) - 1) ** 0.5
 
 
 def ranks_of(by_rank: Mapping[int, Grid], name: str) -> list[int]:
