@@ -212,6 +212,9 @@ def test_what_was_not_trained_at_the_choice_of_the_score_is_named() -> None:
     other = {ADAMW: _series(0.1, 0.2), OURS: _series(0.4, 0.3)}
     curves = _records(BEST)
     assert trained(curves, {"loss": tuning, "score": other}, "loss") == (best_of(tuning), [])
+    # With another setting it is another training.
+    changed = Cell("riemannion+loi", 4, 0.1, 0, "alpha=100.0")
+    curves.add(changed, curves.cells[Cell("riemannion+loi", 4, 1.0, 0)])
     found = trained(curves, {"loss": tuning, "score": other}, "score")
     assert found == ({ADAMW: 1.0}, ["riemannion+loi, rank 4 (0.1)"])
     # What is missing of the loss stays, so that `main_rows` refuses it.

@@ -60,11 +60,11 @@ def _shares(records: Records, cell: Cell, units: Sequence[Unit]) -> tuple[float,
 
 
 def at_rate(records: Records, rates: Mapping[Place, float]) -> Records:
-    """The trainings at one learning rate for each method and rank."""
+    """The trainings at one learning rate for each method and rank, with no setting changed."""
     kept = {
         cell: scores
         for cell, scores in records.cells.items()
-        if rates.get((cell.method, cell.rank)) == cell.lr
+        if rates.get((cell.method, cell.rank)) == cell.lr and not cell.setting
     }
     return Records(records.facts, records.base, kept)
 
@@ -91,7 +91,7 @@ def trained(
         Learning rate by method and rank, and the methods left out with the rate that they lack.
     """
     rates, usual, lacking = best_of(tunings[choice]), best_of(tunings["loss"]), []
-    there = {(cell.method, cell.rank, cell.lr) for cell in curves.cells}
+    there = {cell[:3] for cell in curves.cells if not cell.setting}
     for place, lr in list(rates.items()):
         if (*place, lr) not in there and (*place, usual[place]) in there:
             del rates[place]
