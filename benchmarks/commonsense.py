@@ -36,6 +36,7 @@ from dreamrie.llm.commonsense import TASKS, mean_accuracy, table
 from dreamrie.llm.evaluate import Accuracy
 from dreamrie.llm.models import ALIASES
 from dreamrie.llm.paired import difference, mcnemar
+from dreamrie.optimizer_table import OPTIMIZERS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "commonsense-smollm2.json"
 # Two decades in steps of a factor 2.15; the units of the methods differ.
@@ -325,6 +326,9 @@ def budget_of(options: argparse.Namespace) -> tuple[Budget, dict[str, Any]]:
     settings |= {
         "model": ALIASES[budget.model].file if budget.model in ALIASES else Path(budget.model).name,
         "data": digest_of(Path(budget.data), budget.tasks),
+        # Defaults of riemannion that no flag of this command sets.
+        "momentum": OPTIMIZERS["riemannion"].momentum,
+        "start_steps": OPTIMIZERS["riemannion"].start_steps,
     }
     return budget, settings
 

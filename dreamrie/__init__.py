@@ -1,7 +1,7 @@
 """dreamrie: LoRA training on the manifold of fixed-rank matrices.
 
     pairs = dreamrie.attach_lora(model, rank=4, target_modules=["to_q", "to_k", "to_v"])
-    dreamrie.locally_optimal_init(model, pairs, loss, batches)
+    dreamrie.locally_optimal_init(model, pairs, loss, batches, alpha=1e-4)  # a tenth of lr
     optimizer = dreamrie.Riemannion(pairs, lr=1e-3)
 
 Names are resolved at first use, so `import dreamrie` loads torch and nothing heavier.

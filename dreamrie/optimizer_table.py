@@ -18,7 +18,7 @@ SPECTRAL = "spectral norm of a step of X"
 PRODUCT = "it moves the product of the factors, and with magnitudes the change of a layer is no longer that product"
 FACTOR = "size of the entries of a step of each factor"
 GRADIENT = "multiple of the gradient"
-# Of methods whose steps have one length. Riemannion's paper has 0.9, torch and the papers of the others have 0.95;
+# Of methods that orthogonalize their steps. Riemannion's paper has 0.9, torch and the papers of the others have 0.95;
 # docs/optimizers.md measures all of them.
 SPECTRAL_MOMENTUM = 0.5
 
@@ -54,7 +54,7 @@ class Entry:
         bounded_step: a step has about spectral norm lr.
         retracts: a step of the product is cut back to the rank, so that a start may be small beside it; other bounded
             steps are added to the factors, and the product of both halves is small only beside a larger start.
-        start_steps: singular values of the locally optimal start in learning rates, for bounded steps.
+        start_steps: singular values of the starts loi and orthonormal in learning rates, for bounded steps.
         trained_factors: how many of the two factors are trained.
         no_dora: why it cannot train DoRA's magnitudes too, to follow "because"; "": it can.
         options: the optimizer's own switches with their defaults.
@@ -111,7 +111,6 @@ OPTIMIZERS: dict[str, Entry] = {
         anchor="frozen",
         momentum=0.9,
         needs_rank=True,
-        retracts=True,
     ),
     "riemann_adam": Entry(
         "dreamrie.optimizers.riemannian:riemann_adam",

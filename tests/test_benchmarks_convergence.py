@@ -16,6 +16,7 @@ from benchmarks.convergence.methods import (
     grid,
     grid_of,
     parse_method,
+    start_steps,
     usual_momentum,
 )
 from benchmarks.convergence.plan import (
@@ -107,6 +108,7 @@ def test_the_results_are_of_methods_with_names(part: str) -> None:
         cell.method for cell in records.cells
     }
     assert records.facts["momenta"] == {name: usual_momentum(name) for name in OPTIMIZERS}
+    assert records.facts["start_steps"] == start_steps()
     assert records.facts["loi_batches"] == LOI_BATCHES
 
 

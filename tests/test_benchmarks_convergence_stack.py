@@ -240,9 +240,9 @@ def test_gradients_and_pictures_are_those_of_the_library(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["corda", "eva", "lora_ga"])
+@pytest.mark.parametrize("init", ["corda", "eva", "lora_ga", "loi"])
 def test_a_start_from_batches_is_that_of_the_library(tmp_path: Path, init: str) -> None:
-    """The shelf gives back what the library writes, and the function of the model stays."""
+    """The shelf gives back what the library writes; that of loi comes in the size that is asked for."""
     components = load_components()
     subjects = Subjects(components, Shelf(tmp_path), Budget(2, batch=8))
     once, again = (subjects.pairs("robot", 1, 2, init, 0.3, batches=2) for _ in range(2))
@@ -252,10 +252,13 @@ def test_a_start_from_batches_is_that_of_the_library(tmp_path: Path, init: str) 
     task = subjects.task(unet, pairs, "robot", 1)
     data = Data(task.model_loss, task.loi_batches(2), task.used_places)
     start_pairs(init, unet, pairs, data, generator=generator_of(1))
+    size = (0.3 / (0.1 / 2**0.5)) ** 0.5 if init == "loi" else 1.0
     for mine, second, pair in zip(once, again, pairs, strict=True):
-        assert torch.equal(mine.left, pair.left)
-        assert torch.equal(mine.right, pair.right)
+        assert torch.equal(mine.left, size * pair.left)
+        assert torch.equal(mine.right, size * pair.right)
         assert torch.equal(mine.right, second.right)
+        if init == "loi":
+            assert mine.point().s.tolist() == pytest.approx([0.3, 0.3], rel=1e-5)
         assert float(pair.right.detach().abs().max()) > 0
 
 

@@ -38,6 +38,7 @@ BAD_FLAGS = [
     (["--use_dora", "--optimizer", "sgd", "--init", "pissa"], ["'pissa'", "--init default"]),
     (["--start_scale", "0"], ["start_scale", "not be 0"]),
     (["--start_scale", "0.1", "--init", "pissa"], ["start_scale", "loi"]),
+    (["--start_scale", "-0.1", "--init", "orthonormal"], ["start_scale -0.1", "positive"]),
     (["--start_scale", "0.1", "--optimizer", "adamw"], ["start_scale", "--init loi"]),
     (["--momentum", "0.9", "--optimizer", "adamw"], ["momentum", "adamw"]),
     (["--optimizer", "lora_muon", "--init", "default"], ["that lora_muon moves on", "--init loi"]),

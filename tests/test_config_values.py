@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dreamrie.config import make_config, parse_config, parse_yaml, to_yaml
+from dreamrie.config.resume import check_same_settings
 from dreamrie.errors import ConfigError
+from dreamrie.lora import attach_lora
 from dreamrie.optimizer_table import OPTIMIZERS
 from tests.small_settings import NEEDED, NEEDED_VALUES, settings_file
 
@@ -100,6 +103,26 @@ def test_without_an_init_factor_wise_optimizers_train_the_usual_lora(optimizer: 
     assert (config.adapter.init, config.adapter.attach_init) == ("default", "default")
     named = parse_config([*NEEDED, "--optimizer", optimizer, "--init", "loi"])
     assert (named.adapter.init, named.adapter.attach_init) == ("loi", "orthonormal")
+
+
+def test_the_size_of_an_orthonormal_start_reaches_the_adapter() -> None:
+    """And an older run, whose settings do not hold it, had the size that was the only one."""
+    config = parse_config([*NEEDED, "--init", "orthonormal", "--start_scale", "0.25"])
+    assert config.adapter.layout["alpha"] == 0.25
+    pairs = attach_lora(
+        torch.nn.Sequential(torch.nn.Linear(9, 8)), target_modules=["0"], **config.adapter.layout
+    )
+    assert pairs[0].point().s.tolist() == pytest.approx([0.25] * 4)
+    assert parse_config(NEEDED).adapter.layout["alpha"] is None
+    now = parse_config([*NEEDED, "--init", "orthonormal"])
+    saved = "".join(line for line in to_yaml(now).splitlines(True) if "start_scale" not in line)
+    with pytest.raises(ConfigError, match=r"start_scale was 0\.05 and is now 0\.0001"):
+        check_same_settings(saved, now, "config.yaml")
+    check_same_settings(
+        saved,
+        parse_config([*NEEDED, "--init", "orthonormal", "--start_scale", "0.05"]),
+        "config.yaml",
+    )
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))

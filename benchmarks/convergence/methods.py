@@ -62,7 +62,7 @@ class Method:
         return self.optimizer in ELEMENTWISE
 
     def start_scale(self, rank: int, lr: float) -> float:
-        """Singular value of a start called loi or orthonormal: the rule that the training script has for loi."""
+        """Singular value of a start called loi or orthonormal: the rule of the training script."""
         return usual_start_scale(self.optimizer, rank, lr)
 
 
@@ -120,6 +120,11 @@ def usual_momentum(optimizer: str) -> float | None:
     """Default momentum, the first beta of Adam; None where there is none."""
     own = OPTIMIZERS[optimizer].momentum
     return _ADAM_MOMENTUM.get(optimizer) if own is None else own
+
+
+def start_steps() -> dict[str, float]:
+    """Size of a start called loi or orthonormal in learning rates, of the optimizers for which it is one."""
+    return {name: entry.start_steps for name, entry in OPTIMIZERS.items() if entry.bounded_step}
 
 
 def _momentum(name: str, optimizer: str, text: str | None) -> float | None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.convergence.methods import GRID, grid_of, parse_method
+from dreamrie.config.method import SCALED
+from dreamrie.init_table import INITS
 
 # Learning rates, starts and defaults are chosen on these alone. The pumpkin is that of the demo, whose settings were
 # tuned on it long ago.
@@ -154,7 +156,9 @@ def _has_setting(method: str, name: str) -> bool:
     """Whether a setting of `SWEEPS` makes a difference to a method; "" is none."""
     known = parse_method(method)
     if name == "batches":
-        return known.init == "loi"
+        return INITS[known.init].needs == "batches"
+    if name == "alpha":
+        return known.init in SCALED
     return known.optimizer == "riemannion" or name in {"", "schedule", "guidance"}
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.convergence.methods import parse_method, usual_momentum
+from benchmarks.convergence.methods import parse_method, start_steps, usual_momentum
 from benchmarks.convergence.plan import CONCEPTS, Budget, Cell, missing, setting_of
 from benchmarks.convergence.records import Records, Scores
 from benchmarks.convergence.scoring import Judge
@@ -96,6 +96,7 @@ class _Worker:
             "marks": budget.marks,
             # What a method's name leaves out.
             "momenta": {name: usual_momentum(name) for name in OPTIMIZERS},
+            "start_steps": start_steps(),
             "loi_batches": LOI_BATCHES,
             **self.judge.facts,
         }

@@ -245,7 +245,7 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
             print(targets(rows) + "\n")
             # The loss of two trainings tells learning rates apart, their pictures hardly do.
             if choice == "loss":
-                most = max(one.trainings for one in rows)
+                most = max((one.trainings for one in rows), default=0)
                 whole = [one for one in rows if one.trainings == most]
                 figures.steps(whole, steps, WORDS[measure])
         tuned: dict[int, Grid] = {}

@@ -70,6 +70,10 @@ def check_method(adapter: StartSettings, optimizer: OptimizerSettings) -> None:
             f"start_scale is a setting of the starts {' and '.join(SCALED)}, not of init {init}; leave it out, "
             "or add --init loi"
         )
+    if adapter.start_scale is not None and init == "orthonormal" and adapter.start_scale < 0:
+        raise ValueError(
+            f"start_scale {adapter.start_scale:g} is negative, which only loi can be; give a positive number"
+        )
     if optimizer.momentum is not None and entry.momentum is None:
         raise ValueError(
             f"momentum is not a setting of {name}; leave it out, or use --optimizer riemannion"
@@ -157,10 +161,10 @@ def usual_start_scale(name: str, rank: int, rate: float) -> float:
 
     Returns:
         0.1 / sqrt(r) where the learning rate is not the size of a step; where it is, a multiple of it that the table
-        of optimizers holds (docs/method.md 5.4).
+        of optimizers holds (docs/method.md 5.4), and no less than 1e-6, far above what counts as no singular value.
     """
     entry = OPTIMIZERS[name]
-    return entry.start_steps * rate if entry.bounded_step else 0.1 / rank**0.5
+    return max(1e-6, entry.start_steps * rate) if entry.bounded_step else 0.1 / rank**0.5
 
 
 def usual_batches(init: str) -> int | None:

@@ -109,7 +109,7 @@ def test_drop_in_on_real_models(name: str) -> None:
         return (out.logits if name == "llama" else out.last_hidden_state).square().mean()
 
     batch = noise(4, 2, 4, 8, 8).float() if "unet" in name else TOKENS
-    report = dreamrie.locally_optimal_init(model, pairs, loss, [batch], lr=1e-3)
+    report = dreamrie.locally_optimal_init(model, pairs, loss, [batch])
     assert report.captured > 0.999
     within("A13 LOI step 0", (run(model) - before).abs().max() / size, 3.5e-6)
     optimizer = dreamrie.Riemannion(pairs, lr=0.005)

@@ -138,7 +138,7 @@ def _check_change(name: str, pair: LoraPair) -> None:
 
 
 def _check_points(name: str, entry: Init, pairs: Sequence[LoraPair], lr: float | None) -> None:
-    """An anchored start has rank r; say where it is small beside a step."""
+    """An anchored start has rank r; say where it is small beside a step that is added to the factors."""
     if not entry.anchored:
         return
     small = []
