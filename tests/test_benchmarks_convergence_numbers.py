@@ -246,6 +246,11 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert said.count("over adamw's own: 0.25 [0.25 0.25]; target at most 0.33: reached") == 4
     assert "at the end of the curves, on the test concepts:" in said
+    # Of two curves without spread: 0.2 and 0.1 at the end, score and loss alike.
+    pair = next(
+        line for line in said.splitlines() if line.startswith("| 4    | riemannion+loi | adamw")
+    )
+    assert pair.count("+0.100 [+0.100 +0.100]") == 2
     assert "over adamw's: 2.50 [2.50 2.50]; target at least 4: MISSED" in said
     assert "riemannion+loi: lr 1 keeps 100.0% of the best gain at its worst of ranks 4, 8" in said
     # The gain of 6/7 - 2/3 has no spread; three quarters of the likeness, all prompts, a tenth of the loss.

@@ -23,6 +23,7 @@ from benchmarks.convergence.tables import (
     Grid,
     grid_table,
     means_table,
+    pairs_table,
     ranks_of,
     table,
     targets,
@@ -230,6 +231,10 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
         }
         for measure in MEASURES
     }
+    if files["curves"].cells:
+        chosen = at_rate(files["curves"], best_of(tunings["loss"]))
+        print("two by two, learning rates that are best by loss, on the test concepts:")
+        print(pairs_table(chosen) + "\n")
     for measure, tuning in tunings.items():
         test = grids_of(files["test"], measure)
         print(f"=== {WORDS[measure]} ===")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.convergence.gains import Place, Series, Unit, draws, gains, interval
+from benchmarks.convergence.gains import (
+    MEASURES,
+    Place,
+    Series,
+    Unit,
+    collect,
+    common_units,
+    draws,
+    gains,
+    interval,
+    places_of,
+)
 from benchmarks.convergence.records import AT_A_MARK, Records
 from benchmarks.convergence.targets import EQUAL, Row, plateau, transfer
 
@@ -147,6 +159,29 @@ def transfers(by_rank: Mapping[int, Grid], where: str) -> str:
 
 def _said(reached: bool) -> str:
     return "reached" if reached else "MISSED"
+
+
+def pairs_table(curves: Records) -> str:
+    """Every two methods of a rank that have all seeds: paired differences at the end, with intervals.
+
+    Args:
+        curves: finished trainings at one learning rate for each method and rank.
+    """
+    lines = []
+    for rank in sorted({place[1] for place in places_of(curves)}):
+        there = [place for place in places_of(curves) if place[1] == rank]
+        counts = {place: len(common_units(curves, [place])) for place in there}
+        whole = [place for place in there if counts[place] == max(counts.values())]
+        for pair in itertools.combinations(whole, 2):
+            said = []
+            for measure in MEASURES:
+                both = collect(curves, pair, measure)
+                ends = [both[place].values[0, :, -1] for place in pair]
+                change = ends[1] - ends[0]
+                drawn = draws(both[pair[0]].units) @ change
+                said.append(_three((float(change.mean()), *interval(drawn))))
+            lines.append([str(rank), pair[1][0], pair[0][0], str(counts[pair[0]]), *said])
+    return _aligned(("rank", "method", "minus", "trainings", *MEASURES), lines)
 
 
 def means_table(records: Records) -> str:
