@@ -317,20 +317,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def budget_of(options: argparse.Namespace) -> tuple[Budget, dict[str, Any]]:
     """What the flags ask for, and what of it the file of results is bound to."""
-    names = [field.name for field in dataclasses.fields(Budget)]
-    budget = Budget(
-        **{**{name: getattr(options, name) for name in names}, "tasks": tuple(options.tasks)}
-    )
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Budget)}
+    budget = Budget(**{**values, "tasks": tuple(options.tasks)})
     settings = {**dataclasses.asdict(budget), "tasks": list(budget.tasks)}
     # Wherever they lie, the rows and the weights decide.
     settings |= {
         "model": ALIASES[budget.model].file if budget.model in ALIASES else Path(budget.model).name,
         "data": digest_of(Path(budget.data), budget.tasks),
-        # Defaults of riemannion that no flag of this command sets.
-        "momentum": OPTIMIZERS["riemannion"].momentum,
-        "start_steps": OPTIMIZERS["riemannion"].start_steps,
     }
-    return budget, settings
+    # Defaults of riemannion that no flag of this command sets.
+    own = OPTIMIZERS["riemannion"]
+    return budget, settings | {"momentum": own.momentum, "start_steps": own.start_steps}
 
 
 def digest_of(folder: Path, tasks: Sequence[str]) -> str:

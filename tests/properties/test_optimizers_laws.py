@@ -179,8 +179,9 @@ def solved(impl: Any, name: str, steps: int = 50) -> float:
     pair: Pair = make_pairs(LAYERS[:1])[0]
     goal = (frame(70, 10, 2) * torch.tensor([1.5, 1.0], dtype=F64)) @ frame(71, 6, 2).mT
     first = float((pair.x - goal).square().sum())
+    # Steps of this length have a large product where they are added to the factors, which imuon needs memory against.
     lr = 0.4
-    optimizer = impl.build_optimizer(name, [pair], lr=lr)
+    optimizer = impl.build_optimizer(name, [pair], lr=lr, momentum=0.9)
     for t in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - t / steps)
         pair.set_gradient(pair.x - goal)
@@ -189,7 +190,7 @@ def solved(impl: Any, name: str, steps: int = 50) -> float:
 
 
 def law_o13_a_quadratic_is_solved(impl: Any, name: str) -> None:
-    """50 steps bring the squared distance to a matrix of rank r to a fifth (measured: 0.005 to 0.076)."""
+    """50 steps bring the squared distance to a matrix of rank r to a fifth (measured: 0.005 to 0.062)."""
     within(f"O13 {name}", solved(impl, name), 0.2)
 
 
