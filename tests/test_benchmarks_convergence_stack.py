@@ -21,7 +21,7 @@ from dreamrie.diffusion.images import contact_sheet
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS, sample
 from dreamrie.init_table import INITS
 from dreamrie.lora import LoraPair, attach_lora, start_pairs
-from dreamrie.lora.inits import Data
+from dreamrie.lora.inits import Data, Loi
 from dreamrie.optimizer_table import OPTIMIZERS
 from dreamrie.optimizers import build_optimizer
 from dreamrie.trainer.control import schedule_factor
@@ -251,8 +251,8 @@ def test_a_start_from_batches_is_that_of_the_library(tmp_path: Path, init: str) 
     pairs = attach_lora(unet, 2, ATTENTION_TARGETS, init=INITS[init].layout, generator=random)
     task = subjects.task(unet, pairs, "robot", 1)
     data = Data(task.model_loss, task.loi_batches(2), task.used_places)
-    start_pairs(init, unet, pairs, data, generator=generator_of(1))
-    size = (0.3 / (0.1 / 2**0.5)) ** 0.5 if init == "loi" else 1.0
+    start_pairs(init, unet, pairs, data, loi=Loi(alpha=1.0), generator=generator_of(1))
+    size = 0.3**0.5 if init == "loi" else 1.0
     for mine, second, pair in zip(once, again, pairs, strict=True):
         assert torch.equal(mine.left, size * pair.left)
         assert torch.equal(mine.right, size * pair.right)

@@ -20,7 +20,7 @@ from dreamrie.diffusion.pipeline import ATTENTION_TARGETS, encode_prompts
 from dreamrie.diffusion.task import DreamBoothTask, denoising_target
 from dreamrie.init_table import INITS
 from dreamrie.lora import LoraPair, attach_lora, start_pairs
-from dreamrie.lora.inits import Data
+from dreamrie.lora.inits import Data, Loi
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = ROOT / "examples" / "concepts"
@@ -170,7 +170,7 @@ class Subjects:
         )
         task = self.task(unet, pairs, concept, seed)
         data = Data(task.model_loss, task.loi_batches(batches), task.used_places)
-        start_pairs(init, unet, pairs, data, generator=generator_of(seed))
+        start_pairs(init, unet, pairs, data, loi=Loi(alpha=1.0), generator=generator_of(seed))
         factors = [factor for pair in pairs for factor in (pair.left, pair.right)]
         return [factor.detach().clone().cpu() for factor in factors]
 
@@ -207,8 +207,8 @@ class Subjects:
             use_rslora=layer == "rslora",
         )
         if looks:
-            # That of loi was written at the usual size; each factor has the root of it.
-            size = (alpha / (0.1 / rank**0.5)) ** 0.5 if init == "loi" else 1.0
+            # That of loi was written at size 1; each factor has the root of it.
+            size = alpha**0.5 if init == "loi" else 1.0
             factors = self.start(concept, seed, rank, init, batches)
             with torch.no_grad():
                 for pair, left, right in zip(pairs, factors[::2], factors[1::2], strict=True):

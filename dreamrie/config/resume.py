@@ -66,7 +66,7 @@ def check_same_settings(saved: str, config: TrainConfig | LlmConfig, where: str)
     values = parse_yaml(saved, where)
     if values.get("init") == "orthonormal" and values.get("start_scale") is None:
         # Before this start had a setting it had this size.
-        values["start_scale"] = 0.1 / values["rank"] ** 0.5
+        values["start_scale"] = 0.1 / config.adapter.rank**0.5
     before: TrainConfig | LlmConfig = (
         config_of(LlmConfig, values)
         if isinstance(config, LlmConfig)
