@@ -28,6 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.contenders import SD2_SHAPES, Shape, make_pairs
 from benchmarks.timing import interleaved, kernels, machine, table, wait_for
+from dreamrie.diffusion.lean import copy_less
 from dreamrie.diffusion.pipeline import ATTENTION_TARGETS
 from dreamrie.files import write_atomic
 from dreamrie.lora import LoraPair, attach_lora
@@ -85,8 +86,9 @@ def make_unet(size: Size, device: torch.device) -> Any:
     return unet.requires_grad_(False).train()
 
 
-# Ways to run the U-Net; both leave names and values of its weights as they are.
+# Ways to run the U-Net; all leave names and values of its weights as they are. Without one it is as the trainer has it.
 WAYS: dict[str, Callable[[Any], object]] = {
+    "usual autocast": lambda unet: None,
     "channels last": lambda unet: unet.to(memory_format=torch.channels_last),
     "torch.compile": lambda unet: unet.compile(dynamic=False),
 }
@@ -114,6 +116,8 @@ class Training:
         self.pairs = attach_lora(self.unet, rank, ATTENTION_TARGETS, init=start)
         self.factors = [factor for pair in self.pairs for factor in (pair.left, pair.right)]
         self.optimizer = _optimizer(kind, self.pairs, self.factors)
+        if way != "usual autocast":
+            copy_less(self.unet)
         if way:
             WAYS[way](self.unet)
         with device:
@@ -185,16 +189,17 @@ def measure(
     Returns:
         Rows of the file.
     """
-    trainings = {
-        "riemannion": Training(size, rank, "riemannion", True, device),
-        PLAIN: Training(size, rank, "adamw", False, device),
-        "adamw, same adapters": Training(size, rank, "adamw", True, device),
+    kinds = {
+        "riemannion": ("riemannion", True, ""),
+        PLAIN: ("adamw", False, ""),
+        "adamw, same adapters": ("adamw", True, ""),
     }
-    trainings |= {
-        f"{PLAIN}, {way}": Training(size, rank, "adamw", False, device, way) for way in ways
-    }
-    for training in trainings.values():
-        training.warm_up()
+    kinds |= {f"{PLAIN}, {way}": ("adamw", False, way) for way in ways}
+    trainings = {}
+    for name, (kind, anchored, way) in kinds.items():
+        trainings[name] = Training(size, rank, kind, anchored, device, way)
+        # Before the next one is there: what this one holds is counted.
+        trainings[name].warm_up()
     steps = {name: training.step for name, training in trainings.items()}
     whole = interleaved(steps, seconds, device, warmups=1)
     peaks = {name: training.peak_bytes() for name, training in trainings.items()}

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from dreamrie.errors import ConfigError
 from dreamrie.riemannion_checks import LoraPairLike, check_options, check_state
 from dreamrie.riemannion_fast import fast_steps
+from dreamrie.riemannion_graph import MOST_RECORDINGS, Recording, can_record, count_events
 from dreamrie.riemannion_groups import (
     COUNTERS,
     count_skips,
@@ -133,6 +134,11 @@ class Riemannion(Optimizer):
     _reading: Reading | None = None
     """What the norm has read for the next step."""
 
+    _recording: Recording | None = None
+    """The step as CUDA graphs, on a GPU, from the second step on."""
+
+    _recordings = 0
+
     team: Team = ALONE
     """The processes that share the work, see `share_work`."""
 
@@ -195,14 +201,35 @@ class Riemannion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        recording = self._fitting_recording()
+        if recording is not None and all(recording.read()[:2]):
+            recording.write()
+            self._count_skips(count_events(recording))
+            return loss
         batches = self._batches()
         results = list(self._results(batches))
         skipped: list[Layer] = []
         reports = on_host(batches, results)
         for batch, result, report in zip(batches, results, reports, strict=True):
             skipped += self._commit(batch, result, report)
+        if recording is not None:
+            recording.adopt()
         self._count_skips(skipped)
         return loss
+
+    def _fitting_recording(self) -> Recording | None:
+        """The step as CUDA graphs, recorded anew when something has changed; None where there can be none."""
+        kept, self._recording = self._recording, None
+        if self.team.size > 1:
+            return None
+        if kept is not None and kept.still_fits(self.param_groups, self.state):
+            self._recording = kept
+        elif self._recordings < MOST_RECORDINGS:
+            layers = can_record(self.param_groups, self.state)
+            if layers:
+                self._recordings += 1
+                self._recording = Recording(self.param_groups, self.state, layers)
+        return self._recording
 
     def _batches(self) -> list[Batch]:
         """What a step starts from: the reading of the norm, if there is one and nothing has changed since."""
@@ -314,6 +341,9 @@ class Riemannion(Optimizer):
             ConfigError: as in `step`.
             NumericalError: a layer holds non-finite factors.
         """
+        recording = self._fitting_recording()
+        if recording is not None and recording.read().own:
+            return recording.norm.clone()
         batches = read_groups(self.param_groups, self.state)
         if for_step:
             self._reading = Reading(batches, marks_of(self.param_groups, self.state))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dreamrie.fixed_rank import cross_core
+from dreamrie.riemannion_small import decompose, triangles
 from dreamrie.riemannion_step import (
     FusedState,
     StepOptions,
@@ -47,8 +48,6 @@ _NORMAL = 1e-5
 _SMALLEST = 1e-6
 # Above this rank products in fp64 cost a CPU more than QR in fp32; measured, see docs/performance.md.
 _LARGEST_ON_CPU = 32
-# cuSOLVER's batched Jacobi method ends here.
-_JACOBI = 32
 
 
 class Side(NamedTuple):
@@ -73,17 +72,45 @@ def fast_steps(works: Sequence[Work]) -> list[StepResult]:
     Raises:
         NumericalError: an SVD of the exact step did not converge.
     """
-    results: list[Any] = [None] * len(works)
+    results: list[Any] = [None if can_be_fast(work) else fused_step(*work) for work in works]
+    fast = [number for number, result in enumerate(results) if result is None]
+    begun = begin_steps([works[number] for number in fast])
+    # One look for all of them.
+    trusted = [one.small.trusted.all().to(begun[0].work.state.s.device) for one in begun]
+    all_trusted = not trusted or bool(torch.stack(trusted).all())
+    for number, one in zip(fast, begun, strict=True):
+        result = finish_step(one)
+        doubtful = ~one.small.trusted
+        results[number] = result if all_trusted else _exact_where(doubtful, one.work, result)
+    return results
+
+
+class Begun(NamedTuple):
+    """A batch after all small matrices: what is left are tall products."""
+
+    work: Work
+    left: Tensor
+    right: Tensor
+    small: Small
+
+
+def begin_steps(works: Sequence[Work]) -> list[Begun]:
+    """Do all of the step but its tall products, for batches that `can_be_fast`; nothing asks the host.
+
+    Args:
+        works: see `fast_steps`.
+
+    Returns:
+        One for each. Layers that `small.trusted` leaves out need the exact step.
+    """
+    found: list[Any] = [None] * len(works)
     alike: dict[Any, list[int]] = {}
     for number, work in enumerate(works):
-        if can_be_fast(work):
-            alike.setdefault(_key(work, number), []).append(number)
-        else:
-            results[number] = fused_step(*work)
+        alike.setdefault(_key(work, number), []).append(number)
     for numbers in alike.values():
-        for number, result in zip(numbers, _steps([works[n] for n in numbers]), strict=True):
-            results[number] = result
-    return results
+        for number, begun in zip(numbers, _begin([works[n] for n in numbers]), strict=True):
+            found[number] = begun
+    return found
 
 
 def can_be_fast(work: Work) -> bool:
@@ -111,8 +138,8 @@ def _key(work: Work, number: int) -> Any:
     return (rank, work.state.s.device, id(lr) if isinstance(lr, Tensor) else lr, *others, alone)
 
 
-def _steps(works: list[Work]) -> list[StepResult]:
-    """Step batches whose small matrices share a batch."""
+def _begin(works: list[Work]) -> list[Begun]:
+    """Begin batches whose small matrices share a batch."""
     counts = [len(work.state.s) for work in works]
     sides = []
     for w in works:
@@ -122,12 +149,8 @@ def _steps(works: list[Work]) -> list[StepResult]:
     grams = [torch.cat([z @ z.mT for z in column]) for column in zip(*sides, strict=True)]
     s = torch.cat([work.state.s for work in works])
     small = core_step(grams[0], grams[1], s, works[0].options, works[0].core_direction)
-    all_trusted = bool(small.trusted.all())
-    results = []
-    for work, side, part in zip(works, sides, _split(small, counts), strict=True):
-        result = _finish(work, side, part)
-        results.append(result if all_trusted else _exact_where(~part.trusted, work, result))
-    return results
+    parts = zip(works, sides, _split(small, counts), strict=True)
+    return [Begun(work, *side, part) for work, side, part in parts]
 
 
 def _tall(
@@ -216,8 +239,7 @@ def side_of(gram: Float[Tensor, "batch k k"], rank: int, projected: bool) -> Sid
         Q and R; the first r columns of Q span u.
     """
     frame, total = slice(0, rank), slice(rank, 2 * rank)
-    lower, _ = torch.linalg.cholesky_ex(gram[:, frame, frame])
-    inverse = _inverse(lower)
+    lower, inverse, _ = triangles(gram[:, frame, frame])
     along = inverse @ (inverse.mT @ gram[:, frame, total])
     normal = torch.zeros_like(gram[..., total])
     normal[:, frame] = -along
@@ -231,22 +253,16 @@ def side_of(gram: Float[Tensor, "batch k k"], rank: int, projected: bool) -> Sid
     return Side(mix, triangle, good)
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """Return the inverse of L^T."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower.mT, identity.expand_as(lower), upper=True)
-
-
 def _orthonormal(gram: Float[Tensor, "batch r r"]) -> tuple[Tensor, Tensor, Tensor]:
     """Return R and its inverse with a = q R, q orthonormal, for a^T a = gram, and where that went well."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1.0)
     scaled = gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))
-    lower, failed = torch.linalg.cholesky_ex(scaled)
-    good = (failed == 0) & (lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1) > _NORMAL)
+    lower, inverse, failed = triangles(scaled)
+    good = ~failed & (lower.diagonal(dim1=-2, dim2=-1).amin(dim=-1) > _NORMAL)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    lower = torch.where(good[:, None, None], lower, identity)
-    return lower.mT * lengths.unsqueeze(-2), _inverse(lower) / lengths.unsqueeze(-1), good
+    lower, inverse = (torch.where(good[:, None, None], part, identity) for part in (lower, inverse))
+    return lower.mT * lengths.unsqueeze(-2), inverse / lengths.unsqueeze(-1), good
 
 
 def direction_of(core: Float[Tensor, "batch k k"], rank: int, options: StepOptions) -> Tensor:
@@ -256,35 +272,23 @@ def direction_of(core: Float[Tensor, "batch k k"], rank: int, options: StepOptio
         keep = (values > _MASK * values[..., :1]).to(core.dtype)
         core = zero_normal_block((left * keep.unsqueeze(-2)) @ right.mT, rank)
     if options.exact_norm:
-        size = torch.linalg.svdvals(core)[..., :1].unsqueeze(-1)
+        size = decompose(core)[1][..., :1].unsqueeze(-1)
         core = core / torch.where(size > 0, size, 1.0)
     return core
 
 
-def decompose(matrix: Float[Tensor, "batch k k"]) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of square matrices in fp64 as exact as fp32 data need it: left, values (descending), right.
-
-    On the CPU from the eigenvectors of matrix^T matrix; a left vector is zero where the value is below 1e-9 of the
-    largest. On a GPU by what is fast there.
-    """
-    if matrix.device.type == "cuda":
-        driver = "gesvdj" if matrix.shape[-1] <= _JACOBI else "gesvda"
-        left, values, right_t = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
-        return left, values, right_t.mT
-    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-    values, right = squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
-    some = values > 1e-9 * values[..., :1]
-    left = matrix @ right / torch.where(some, values, 1.0).unsqueeze(-2)
-    return left * some.to(left.dtype).unsqueeze(-2), values, right
-
-
-def _finish(work: Work, sides: tuple[Tensor, Tensor], small: Small) -> StepResult:
-    """Steps 9 to 11: the tall products."""
-    state, options = work.state, work.options
-    left, right = sides
+def moved_and_hits(small: Small, options: StepOptions) -> tuple[Tensor, Tensor]:
+    """Tell which layers move, and how many of their singular values are lifted to the floor."""
     moved = small.ok if options.weight_decay != 0 else small.ok & small.acts
-    u, m_left = _rows(small.u, small.m_left, left, state.u)
-    v, m_right = _rows(small.v, small.m_right, right, state.v)
+    return moved, ((small.s < options.sigma_floor) & moved[..., None]).sum(dim=-1)
+
+
+def finish_step(begun: Begun) -> StepResult:
+    """Steps 9 to 11: the tall products."""
+    state, options, small = begun.work.state, begun.work.options, begun.small
+    moved, hits = moved_and_hits(small, options)
+    u, m_left = _rows(small.u, small.m_left, begun.left, state.u)
+    v, m_right = _rows(small.v, small.m_right, begun.right, state.v)
     kept = FusedState(
         _where(moved, u, state.u),
         _where(moved, small.s.clamp_min(options.sigma_floor), state.s),
@@ -292,7 +296,6 @@ def _finish(work: Work, sides: tuple[Tensor, Tensor], small: Small) -> StepResul
         _where(small.ok, m_left, state.m_left),
         _where(small.ok, m_right, state.m_right),
     )
-    hits = ((small.s < options.sigma_floor) & moved[..., None]).sum(dim=-1)
     return StepResult(kept, small.ok, moved, hits)
 
 

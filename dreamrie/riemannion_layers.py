@@ -266,14 +266,14 @@ def are_own(layers: list[Layer], state: State) -> list[bool]:
     shapes = by_shape(split(layers, known)[0])
     if not shapes:
         return known
-    flags = [_as_written(alike, state) for alike in shapes]
+    flags = [as_written(alike, state) for alike in shapes]
     # One transfer to the host for all of them.
     verdicts = iter(torch.cat([flag.to(flags[0].device) for flag in flags]).tolist())
     own = {id(layer) for alike in shapes for layer in alike if next(verdicts)}
     return [id(layer) in own for layer in layers]
 
 
-def _as_written(layers: list[Layer], state: State) -> Tensor:
+def as_written(layers: list[Layer], state: State) -> Tensor:
     """Tell for each layer of a shape whether it has the factors that its state wrote, (layers,)."""
     points, scaling = stack_state(layers, state), scaling_of(layers)
     same = torch.ones(len(layers), dtype=torch.bool, device=points.u.device)

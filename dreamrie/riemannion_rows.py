@@ -157,7 +157,10 @@ def write_factors_(
             # The anchor is written as it is.
             whole = torch.stack(parameters)
             trained = whole[:, :rank] if kinds[0] else whole[..., :rank]
-            trained.copy_(torch.stack(columns))
+            if len(rows) == len(parts):
+                trained.copy_(stack.mT if kinds[0] else stack)
+            else:
+                trained.copy_(torch.stack(columns))
             torch._foreach_copy_(parameters, list(whole.unbind()))
         elif rows:
             targets = [factor.trained(rank) for factor in factors]

@@ -68,11 +68,11 @@ def test_a_script_that_fails_says_what_it_said(tmp_path: Path) -> None:
 
 def test_ratios_refer_to_the_first_row() -> None:
     rows = [
-        throughput.Result("theirs", 200.0, 20.0, 8.0),
-        throughput.Result("ours", 100.0, 40.0, 6.0),
+        throughput.Result("theirs", 200.0, 20.0, 8.0, 190.0),
+        throughput.Result("ours", 100.0, 40.0, 6.0, 90.0),
     ]
     last = throughput.table(rows).splitlines()[-1].split()
-    assert last == ["ours", "100.0", "40.00", "2.00", "6.00", "0.75"]
+    assert last == ["ours", "100.0", "40.00", "2.00", "6.00", "0.75", "90.0"]
 
 
 def test_the_parts_of_a_step_and_the_rest_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_the_fastest_of_each_part_counts() -> None:
         {"batch": 2, "optimizer": 6, last: 2, watched.REST: 1, watched.WHOLE: 11}
     )
     assert list(found) == ["batch", "optimizer", last, watched.REST, watched.WHOLE]
-    text = throughput.parts_table(throughput.Result("ours", 11, 1, 1, found))
+    text = throughput.parts_table(throughput.Result("ours", 11, 1, 1, 9, found))
     assert text.splitlines()[2].split() == ["optimizer", "6.00", "ms", "54.5%"]
     assert throughput.fastest_parts([]) == {}
 

@@ -10,7 +10,8 @@ import torch
 from dreamrie.diffusion.data import PictureSet, View
 from dreamrie.diffusion.pipeline import Posterior, encode_posterior
 
-_ENCODE_BATCH = 8
+# Pictures at a time, and their pixels: at 512 px one, because the encoder would need more memory than the training.
+_ENCODE_BATCH, _ENCODE_PIXELS = 8, 512 * 512
 
 
 class LatentCache:
@@ -38,9 +39,10 @@ class LatentCache:
         groups: dict[tuple[int, int], list[View]] = {}
         for view in views:
             groups.setdefault(pictures.size_of(view.picture), []).append(view)
-        for group in groups.values():
-            for start in range(0, len(group), _ENCODE_BATCH):
-                self._store(group[start : start + _ENCODE_BATCH])
+        for (height, width), group in groups.items():
+            count = max(1, min(_ENCODE_BATCH, _ENCODE_PIXELS // (height * width)))
+            for start in range(0, len(group), count):
+                self._store(group[start : start + count])
 
     def posterior(self, view: View) -> Posterior:
         """Mean and standard deviation for one view, (channels, height, width), on the CPU."""

@@ -19,6 +19,7 @@ from dreamrie.diffusion.cache import LatentCache
 from dreamrie.diffusion.data import ConceptSet
 from dreamrie.diffusion.exported import drawn_from_export
 from dreamrie.diffusion.images import contact_sheet, save_png
+from dreamrie.diffusion.lean import copy_less
 from dreamrie.diffusion.pipeline import (
     Components,
     check_prompt,
@@ -115,6 +116,7 @@ class DreamBoothTask:
         self._sample_batch_size = sample_batch_size
         self._preview_from_export = preview_from_export
         self._facts = dict(facts or {})
+        copy_less(components.unet)
         if gradient_checkpointing:
             components.unet.enable_gradient_checkpointing()
         self._caches = [LatentCache(components.vae, pictures) for pictures in concept.sets]

@@ -39,15 +39,18 @@ def work(
     for _ in range(2):
         left = left - u @ (u.mT @ left)
     numbers = (u, s, v, left, spread(seed + 5, in_, rank, condition))
-    gradients = spread(seed + 6, out, rank, condition), spread(seed + 7, in_, rank, condition)
-    return Work(
-        FusedState(*(part.to(F32) for part in numbers)), *(g.to(F32) for g in gradients), options
+    gradient_v, gradient_t_u = (
+        spread(seed + k, n, rank, condition) for k, n in ((6, out), (7, in_))
     )
+    state = FusedState(*(part.to(F32) for part in numbers))
+    return Work(state, gradient_v.to(F32), gradient_t_u.to(F32), options)
 
 
 def in_fp64(given: Work) -> Work:
     state = FusedState(*(part.to(F64) for part in given.state))
-    return Work(state, given.gradient_v.to(F64), given.gradient_t_u.to(F64), *given[3:])
+    return given._replace(
+        state=state, gradient_v=given.gradient_v.to(F64), gradient_t_u=given.gradient_t_u.to(F64)
+    )
 
 
 def _row(given: Work, row: int) -> Work:
