@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import os
 import socket
 import typing
@@ -32,6 +33,10 @@ import dreamrie as _dreamrie  # noqa: F401  its own type-only imports must stay 
 from tests.mutants.summary import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
+
+if importlib.util.find_spec("triton") is None:
+    # It comes with torch, but not on every system.
+    collect_ignore = ["test_riemannion_kernels.py"]
 
 SHAPE_CHECKED = ("dreamrie.fixed_rank", "dreamrie.riemannion_step")
 """The pure functions of the method: torch alone, and annotations that carry shapes."""

@@ -83,9 +83,9 @@ def test_every_import_of_the_library_is_a_declared_dependency() -> None:
     assert declared - used <= {"numpy"}
 
 
-OPTIONAL = {"dask", "distributed", "jaxtyping", "jinja2", "tensorboard"}
+OPTIONAL = {"dask", "distributed", "jaxtyping", "jinja2", "tensorboard", "triton"}
 """The engine of the sweep extra; types for tests only; the chat templates of the llm extra, which torch brings too; a
-writer asked for by a flag."""
+writer asked for by a flag; kernels for GPUs, which torch brings where it has them."""
 
 
 def _import_name(requirement: str) -> str:
