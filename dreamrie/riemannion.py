@@ -13,6 +13,7 @@ one batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
@@ -52,6 +53,8 @@ from dreamrie.riemannion_step import (
 )
 from dreamrie.team import ALONE, Team
 
+logger = logging.getLogger(__name__)
+
 # For pickles and states written before an option existed.
 _OPTIONS: dict[str, Any] = {
     "decay_to": "anchor",
@@ -75,6 +78,8 @@ class Riemannion(Optimizer):
     - A layer with a non-finite gradient keeps its parameters and state to the bit and is counted.
     - Factors changed from outside (an adapter loaded, weights averaged in) are noticed, whatever way they were
       written, and read again; the momentum is carried to the new point. Gradients must belong to the current factors.
+    - On a GPU the step is recorded as CUDA graphs from the second one on (`riemannion_graph.py`). Tensors of the state
+      are then written in place, as Adam's are: copy a `state_dict` that is to outlive a step.
     - Average weights over X, never over the factors: their columns turn freely from step to step.
     - fp16 factor gradients underflow for small singular values; use fp32 or bf16, or a GradScaler.
 
@@ -217,19 +222,36 @@ class Riemannion(Optimizer):
         self._count_skips(skipped)
         return loss
 
-    def _fitting_recording(self) -> Recording | None:
+    def _fitting_recording(self, *, may_record: bool = True) -> Recording | None:
         """The step as CUDA graphs, recorded anew when something has changed; None where there can be none."""
         kept, self._recording = self._recording, None
         if self.team.size > 1:
             return None
         if kept is not None and kept.still_fits(self.param_groups, self.state):
             self._recording = kept
-        elif self._recordings < MOST_RECORDINGS:
+            return kept
+        # The old one holds memory that the new one needs.
+        del kept
+        if may_record and self._recordings < MOST_RECORDINGS:
             layers = can_record(self.param_groups, self.state)
             if layers:
                 self._recordings += 1
-                self._recording = Recording(self.param_groups, self.state, layers)
+                self._recording = self._record(layers)
         return self._recording
+
+    def _record(self, layers: list[Layer]) -> Recording | None:
+        """Record the step; where that fails, steps go on without graphs."""
+        if self._recordings == MOST_RECORDINGS:
+            logger.warning(
+                "layers, options or parameters have changed %d times, steps are slower from the next change on",
+                MOST_RECORDINGS - 1,
+            )
+        try:
+            return Recording(self.param_groups, self.state, layers)
+        except RuntimeError as error:
+            self._recordings = MOST_RECORDINGS
+            logger.warning("the step cannot be recorded as CUDA graphs and is slower: %s", error)
+            return None
 
     def _batches(self) -> list[Batch]:
         """What a step starts from: the reading of the norm, if there is one and nothing has changed since."""
@@ -341,8 +363,10 @@ class Riemannion(Optimizer):
             ConfigError: as in `step`.
             NumericalError: a layer holds non-finite factors.
         """
-        recording = self._fitting_recording()
+        recording = self._fitting_recording(may_record=for_step)
         if recording is not None and recording.read().own:
+            if not for_step:
+                recording.forget()
             return recording.norm.clone()
         batches = read_groups(self.param_groups, self.state)
         if for_step:

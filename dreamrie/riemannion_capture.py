@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamrie import riemannion_small
-from dreamrie.riemannion_small import HostCall
+from dreamrie.riemannion_small import HostCall, way_to_call
 
 
 class Program:
@@ -26,19 +27,23 @@ class Program:
     def __init__(self, action: Callable[[], None], pool: Any, recorded: bool) -> None:
         self._pool = pool
         self._parts: list[Callable[[], object]] = []
+        self._open: Any = None
         if not recorded:
             self._parts.append(action)
             return
         torch.cuda.synchronize()
-        stream, usual = torch.cuda.Stream(), riemannion_small.asking_the_host
+        # An old graph that is thrown away during a capture would spoil it.
+        gc.collect()
+        stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            riemannion_small.asking_the_host = self._between_graphs
-            self._begin()
+            usual = way_to_call.set(self._between_graphs)
             try:
+                self._begin()
                 action()
-            finally:
-                riemannion_small.asking_the_host = usual
                 self._end()
+            finally:
+                way_to_call.reset(usual)
+                self._give_up()
         torch.cuda.current_stream().wait_stream(stream)
 
     def run(self) -> None:
@@ -47,13 +52,21 @@ class Program:
             part()
 
     def _begin(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile.
-        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._open = graph
 
     def _end(self) -> None:
-        self._graph.capture_end()
-        self._parts.append(self._graph.replay)
+        graph, self._open = self._open, None
+        graph.capture_end()
+        self._parts.append(graph.replay)
+
+    def _give_up(self) -> None:
+        """End a capture that something has interrupted; what it was is told by that exception."""
+        if self._open is not None:
+            with suppress(RuntimeError):
+                self._open.capture_end()
 
     def _between_graphs(self, call: HostCall, matrix: Tensor) -> tuple[Tensor, ...]:
         """End a graph, call, and begin the next; the results stay where the next expects them."""

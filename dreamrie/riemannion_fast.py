@@ -95,7 +95,9 @@ class Begun(NamedTuple):
 
 
 def begin_steps(works: Sequence[Work]) -> list[Begun]:
-    """Do all of the step but its tall products, for batches that `can_be_fast`; nothing asks the host.
+    """Do all of the step but its tall products, for batches that `can_be_fast`.
+
+    Only what goes through `asking_the_host` waits for a GPU.
 
     Args:
         works: see `fast_steps`.

@@ -1,4 +1,4 @@
-"""The step of all layers as two CUDA graphs, for the usual case; everything else is left to the step without them.
+"""The step of all layers as CUDA graphs, for the usual case; everything else is left to the step without them.
 
 At rank 4 the work of a step takes a GPU a millisecond, and Python ten times as long to hand it out, kernel by kernel. A
 graph is handed out in one piece. It reads and writes tensors that stay where they are, so gradients are copied into
@@ -45,7 +45,7 @@ from dreamrie.riemannion_step import FusedState, StepOptions, Work, balanced_fac
 
 # Where graphs are recorded. Elsewhere the same program can run without one, which the tests do.
 RECORDS_ON = ("cuda",)
-# Each takes a second. A model whose layers come and go gets no more of them than this.
+# Each takes time and memory. A model whose layers come and go gets no more of them than this.
 MOST_RECORDINGS = 4
 
 
@@ -72,6 +72,8 @@ class _Stack:
             torch.stack([torch.zeros_like(factor.parameter) for factor in factors])
             for factors in self.factors
         )
+        # Graphs know its address, and the cache that it comes from forgets.
+        self.scaling = scaling_of(layers)
         self.lifted = torch.zeros(len(layers), dtype=torch.long, device=stacked.s.device)
 
     @property
@@ -85,11 +87,11 @@ class _Stack:
 
     def batch(self) -> Batch:
         """What `riemannion_layers.read` makes of layers in the gauge of their state."""
-        rank, scaling = self.layers[0].rank, scaling_of(self.layers)
+        rank = self.layers[0].rank
         found = []
         for factors, side in zip(self.factors, self.sides, strict=True):
             columns = side[:, :rank].mT if factors[0].is_right else side[..., :rank]
-            found.append(recover(columns.to(self.state.u.dtype), self.state.s, scaling))
+            found.append(recover(columns.to(self.state.u.dtype), self.state.s, self.scaling))
         return Batch(self.layers, self.state, found[0], found[1], self.lifted)
 
 
@@ -138,9 +140,11 @@ class Recording:
         written = [*self._parameters, *(part for stack in self._stacks for part in stack.state)]
         written = [tensor.detach() for tensor in written]
         before = [tensor.clone() for tensor in written]
-        self._read()
-        self._write()
-        torch._foreach_copy_(written, before)
+        try:
+            self._read()
+            self._write()
+        finally:
+            torch._foreach_copy_(written, before)
         pool = torch.cuda.graph_pool_handle() if recorded else None
         self._reading = Program(self._read, pool, recorded)
         self._writing = Program(self._write, pool, recorded)
@@ -180,6 +184,10 @@ class Recording:
             self.report = Report(*self._summary.tolist())
             self._seen = now
         return self.report
+
+    def forget(self) -> None:
+        """Read anew at the next call, whatever has or has not changed."""
+        self._seen = []
 
     def write(self) -> None:
         """Hand out the writing; `read` has just said that all factors are own and all layers trusted."""
@@ -246,10 +254,12 @@ class Recording:
         old: list[Tensor] = []
         new: list[Tensor] = []
         for stack, begun in zip(self._stacks, self._begun, strict=True):
-            after, scaling = finish_step(begun).state, scaling_of(stack.layers)
+            after = finish_step(begun).state
             old += stack.state
             new += after
-            columns = [balanced_factors(frame, after.s, scaling) for frame in (after.u, after.v)]
+            columns = [
+                balanced_factors(frame, after.s, stack.scaling) for frame in (after.u, after.v)
+            ]
             # Factors that do not move are what the state wrote, bit for bit.
             write_factors_(stack.layers, range(len(stack.layers)), *columns)
         torch._foreach_copy_(old, new)
@@ -278,12 +288,14 @@ def can_record(groups: Sequence[dict[str, Any]], state: State) -> list[Layer]:
         state: of the optimizer.
 
     Returns:
-        Empty where there is no GPU, before the first step, for learning rates that are tensors, other
-        spectral maps than msign, decay to an anchor, convolutions, and whatever `can_be_fast` does not take.
+        Empty where there is no GPU or another one is current, before the first step, for learning rates that are
+        tensors, other spectral maps than msign, decay to an anchor, convolutions, and whatever `can_be_fast` does not
+        take.
     """
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    devices = {parameter.device for parameter in parameters}
-    if len(devices) != 1 or next(iter(devices)).type not in RECORDS_ON:
+    device = groups[0]["params"][0].device
+    if device.type not in RECORDS_ON or not _is_current(device):
+        return []
+    if any(parameter.device != device for group in groups for parameter in group["params"]):
         return []
     if not all(_is_plain(group) for group in groups):
         return []
@@ -300,6 +312,11 @@ def _stackable(layers: list[Layer]) -> list[list[Layer]]:
     for layer in layers:
         groups.setdefault((id(layer.group), layer.tall.is_right), []).append(layer)
     return [alike for part in groups.values() for alike in by_shape(part)]
+
+
+def _is_current(device: torch.device) -> bool:
+    """Tell whether streams and graphs are made on this device if none is named."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def _is_plain(group: dict[str, Any]) -> bool:
@@ -335,8 +352,9 @@ def _other_parameters(groups: Sequence[dict[str, Any]], taken: Sequence[Tensor])
     return [p for group in groups for p in group["params"] if id(p) not in known]
 
 
-def _addresses(parameters: Sequence[Tensor]) -> list[int]:
-    return [parameter.data_ptr() for parameter in parameters]
+def _addresses(parameters: Sequence[Tensor]) -> list[Any]:
+    """Where parameters lie, and as what."""
+    return [(parameter.data_ptr(), parameter.dtype, parameter.stride()) for parameter in parameters]
 
 
 def _same(now: list[Any], then: list[Any]) -> bool:

@@ -249,7 +249,8 @@ def cholesky_and_inverse(
     failed = torch.empty(count, dtype=torch.int64, device=gram.device)
     block = triton.next_power_of_2(size)
     warps = _warps(block * block, _MANY)
-    _factorize[(count,)](gram, lower, inverse, failed, size, block, num_warps=warps)
+    with torch.cuda.device_of(gram):
+        _factorize[(count,)](gram, lower, inverse, failed, size, block, num_warps=warps)
     return lower, inverse, failed != 0
 
 

@@ -2,8 +2,8 @@
 
 A stack of the state need not be made again at each step. What a step returns is one tensor for all layers, the state
 keeps its rows as views, and `stack_rows` finds the tensor behind the views. The views of one tensor keep all of it in
-memory; they are replaced together at each step, so that this is no more than the state itself unless a layer is frozen
-in the middle of a run.
+memory; they are replaced together at each step, or written together by a CUDA graph, so that this is no more than the
+state itself unless a layer is frozen in the middle of a run.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ instead waits for the host, and goes through `asking_the_host`.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -17,16 +19,26 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+logger = logging.getLogger(__name__)
+
 # Largest matrices that the kernels for GPUs hold.
 _LARGEST_SVD, _LARGEST_CHOLESKY = 128, 64
 
 
 @functools.cache
-def _load_kernels() -> ModuleType | None:
-    """Return the kernels for GPUs, if Triton is there."""
+def _load_kernels(device: torch.device) -> ModuleType | None:
+    """Return the kernels for GPUs, if they are there and can be compiled for this one."""
     try:
         from dreamrie import riemannion_kernels
     except ImportError:
+        return None
+    try:
+        # Triton needs a compiler at the first launch, and a GPU that it knows.
+        matrix = torch.eye(2, dtype=torch.float64, device=device).unsqueeze(0)
+        riemannion_kernels.values_and_right(matrix)
+        riemannion_kernels.cholesky_and_inverse(matrix)
+    except Exception as error:
+        logger.warning("Triton cannot be used on %s, steps are slower: %s", device, error)
         return None
     return riemannion_kernels
 
@@ -35,18 +47,28 @@ def kernels_for(matrix: Tensor, largest: int) -> ModuleType | None:
     """Return the kernels that take matrices up to some size without asking the host; None if there are none."""
     if matrix.device.type != "cuda" or matrix.shape[-1] > largest:
         return None
-    return _load_kernels()
+    return _load_kernels(matrix.device)
 
 
 HostCall = Callable[[Tensor], tuple[Tensor, ...]]
+CallWay = Callable[[HostCall, Tensor], tuple[Tensor, ...]]
+
+way_to_call: ContextVar[CallWay | None] = ContextVar("way_to_call", default=None)
+"""How a function is called that waits for the GPU; whoever records a graph puts its own way here, for its thread."""
 
 
-def _at_once(call: HostCall, matrix: Tensor) -> tuple[Tensor, ...]:
-    return call(matrix)
+def asking_the_host(call: HostCall, matrix: Tensor) -> tuple[Tensor, ...]:
+    """Call a function that waits for the GPU.
 
+    Args:
+        call: takes the matrix.
+        matrix: of any device.
 
-asking_the_host = _at_once
-"""How a function is called that waits for the GPU; whoever records a graph puts another way here."""
+    Returns:
+        What it returns.
+    """
+    way = way_to_call.get()
+    return call(matrix) if way is None else way(call, matrix)
 
 
 def triangles(gram: Float[Tensor, "batch r r"]) -> tuple[Tensor, Tensor, Bool[Tensor, " batch"]]:

@@ -121,9 +121,20 @@ def clip(optimizer: Riemannion, pairs: list[Pair], step: int) -> None:
     torch.nn.utils.clip_grads_with_norm_(factors, 0.5, optimizer.tangent_grad_norm(for_step=True))
 
 
+def look_and_write_behind_the_back(optimizer: Riemannion, pairs: list[Pair], step: int) -> None:
+    """A norm that is only looked at keeps nothing for the step."""
+    optimizer.tangent_grad_norm()
+    if step == 5:
+        pairs[2].right.data.mul_(1.5)
+        for pair in pairs:
+            assert pair.left.grad is not None
+            pair.left.grad.data.mul_(0.5)
+
+
 CHANGES: list[Change] = [
     nothing, schedule, load_factors, write_behind_the_back, break_a_gradient, gradients_of_rank_one, freeze_a_layer,
     no_gradient_at_all, change_momentum, reload, move_parameters, clip,
+    look_and_write_behind_the_back,
 ]  # fmt: skip
 
 
@@ -268,3 +279,32 @@ def test_graphs_on_a_gpu_do_what_steps_without_them_do(
     _, plain_points, plain_norms, _ = train(change, device="cuda")
     assert norms == pytest.approx(plain_norms, rel=1e-3, nan_ok=True)
     _are_near(points, plain_points)
+
+
+def test_a_step_that_cannot_be_recorded_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the memory of the GPU is used up; what the rehearsal wrote is taken back."""
+
+    def write_some_and_fail(self: riemannion_graph.Recording) -> None:
+        usual(self)
+        raise torch.OutOfMemoryError("no memory left")
+
+    usual = riemannion_graph.Recording._write
+    monkeypatch.setattr(riemannion_graph.Recording, "_write", write_some_and_fail)
+    got = train(nothing)
+    assert "cannot be recorded as CUDA graphs and is slower: no memory left" in caplog.text
+    monkeypatch.setattr(riemannion_graph, "RECORDS_ON", ())
+    _are_near(got.points, train(nothing).points)
+
+
+def test_a_norm_that_is_only_looked_at_writes_nothing() -> None:
+    """Graphs are recorded by a rehearsal that writes into the factors and takes it back."""
+    pairs = make_pairs()
+    optimizer = Riemannion(pairs, lr=1e-2)
+    give_gradients(pairs, 1)
+    optimizer.step()
+    give_gradients(pairs, 2)
+    before = [pair.left._version for pair in pairs]
+    optimizer.tangent_grad_norm()
+    assert [pair.left._version for pair in pairs] == before

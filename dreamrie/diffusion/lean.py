@@ -2,8 +2,8 @@
 
 Autocast has group and layer norms work in fp32: their input is copied to fp32 and kept, their output is fp32 and kept
 by what follows, and each of the products behind it copies it back, LoRA layers once more than the others. The kernels
-for bf16 and fp16 sum in fp32 by themselves, so that the one thing that is lost without these copies is the difference
-between an output in fp32 and one that is rounded, and the next product rounds it anyway.
+for bf16 and fp16 sum in fp32 by themselves, so that all that is lost without these copies is the difference between an
+output in fp32 and one that is rounded; the next product rounds it anyway, or what an activation makes of it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dreamrie.lora.precision import keep_inputs_narrow
 def copy_less(unet: nn.Module) -> None:
     """Let a U-Net with LoRA layers make no copies that autocast alone asks for.
 
-    Without autocast, and for weights in fp32, it computes what it did before. Weights, their names, and the classes of
-    modules stay as they are.
+    Gradients are rounded in the norms, too. Without autocast, and for weights in fp32, it computes what it did before.
+    Weights, their names, and the classes of modules stay as they are.
 
     Args:
         unet: with its adapters; calling it again does no harm.
