@@ -12,15 +12,20 @@ method of round-robin tournaments, ibid. 8.5.5; QR with pivots before it, Drmac 
 
 from __future__ import annotations
 
+from subprocess import SubprocessError
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
+FAILURES = (TritonError, SubprocessError, RuntimeError, OSError)
+"""What Triton raises where it cannot compile or start a kernel."""
 
 # A sweep that met no larger cosine between two rows leaves none above its square.
 _CONVERGED = tl.constexpr(1e-8)

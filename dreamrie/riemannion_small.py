@@ -37,7 +37,7 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
         matrix = torch.eye(2, dtype=torch.float64, device=device).unsqueeze(0)
         riemannion_kernels.values_and_right(matrix)
         riemannion_kernels.cholesky_and_inverse(matrix)
-    except Exception as error:
+    except riemannion_kernels.FAILURES as error:
         logger.warning("Triton cannot be used on %s, steps are slower: %s", device, error)
         return None
     return riemannion_kernels

@@ -81,10 +81,15 @@ def _series(*finals: float, lrs: tuple[float, ...] = (0.1, 1.0, 10.0)) -> Series
 def test_one_learning_rate_for_all_ranks_is_judged_by_its_worst_rank() -> None:
     ranks = {2: _series(0.5, 0.9, 1.0), 4: _series(0.8, 2.0, 1.0), 8: _series(0.2, 0.38, 0.4)}
     found = transfer(ranks)
+    assert found is not None
     # 1.0 keeps 0.9, 1 and 0.95; 10 keeps 1, 0.5 and 1.
     assert found.lr == 1.0
     assert found.share == pytest.approx(0.9)
-    assert transfer({2: _series(0.5, 0.9, 1.0), 4: _series(-1.0, 0.0, -1.0)}).share == 0.0
+    nothing = transfer({2: _series(0.5, 0.9, 1.0), 4: _series(-1.0, 0.0, -1.0)})
+    assert nothing is not None
+    assert nothing.share == 0.0
+    apart = {2: _series(0.5, 0.9, lrs=(0.1, 1.0)), 4: _series(0.8, lrs=(0.5,))}
+    assert transfer(apart) is None
 
 
 def test_draws_take_concepts_and_seeds_as_wholes() -> None:

@@ -150,6 +150,8 @@ def transfers(by_rank: Mapping[int, Grid], where: str) -> str:
         if len(own) < 2:
             continue
         best = transfer(own)
+        if best is None:
+            continue
         lines.append(
             f"  {name}: lr {best.lr:g} keeps {best.share:.1%} of the best gain at its worst of ranks "
             f"{', '.join(map(str, sorted(own)))}; target at least {EQUAL:.0%}: {_said(best.share >= EQUAL)}"

@@ -92,16 +92,18 @@ class Transfer(NamedTuple):
     share: float
 
 
-def transfer(by_rank: Mapping[int, Series]) -> Transfer:
+def transfer(by_rank: Mapping[int, Series]) -> Transfer | None:
     """The learning rate that loses least at its worst rank.
 
     Args:
         by_rank: gains of one method; only learning rates that all ranks share count.
 
     Returns:
-        That learning rate and what it keeps; a share of 0 where a rank gained nothing.
+        That learning rate and what it keeps; a share of 0 where a rank gained nothing. None: the ranks share no rate.
     """
     shared = set.intersection(*(set(one.lrs) for one in by_rank.values()))
+    if not shared:
+        return None
     kept: dict[float, float] = {}
     for lr in sorted(shared):
         shares = []
