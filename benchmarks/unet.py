@@ -86,9 +86,10 @@ def make_unet(size: Size, device: torch.device) -> Any:
     return unet.requires_grad_(False).train()
 
 
+USUAL = "usual autocast"
 # Ways to run the U-Net; all leave names and values of its weights as they are. Without one it is as the trainer has it.
 WAYS: dict[str, Callable[[Any], object]] = {
-    "usual autocast": lambda unet: None,
+    USUAL: lambda unet: None,
     "channels last": lambda unet: unet.to(memory_format=torch.channels_last),
     "torch.compile": lambda unet: unet.compile(dynamic=False),
 }
@@ -116,7 +117,7 @@ class Training:
         self.pairs = attach_lora(self.unet, rank, ATTENTION_TARGETS, init=start)
         self.factors = [factor for pair in self.pairs for factor in (pair.left, pair.right)]
         self.optimizer = _optimizer(kind, self.pairs, self.factors)
-        if way != "usual autocast":
+        if way != USUAL:
             copy_less(self.unet)
         if way:
             WAYS[way](self.unet)

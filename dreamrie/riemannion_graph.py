@@ -39,7 +39,7 @@ from dreamrie.riemannion_layers import (
     scaling_of,
     stack_state,
 )
-from dreamrie.riemannion_reading import norm_of
+from dreamrie.riemannion_reading import Marks, norm_of
 from dreamrie.riemannion_rows import can_stack, keep_rows, write_factors_
 from dreamrie.riemannion_step import FusedState, StepOptions, Work, balanced_factors, recover
 
@@ -121,7 +121,7 @@ class Recording:
         self._stacks = [_Stack(alike, state) for alike in _stackable(layers)]
         self.layers = [layer for stack in self._stacks for layer in stack.layers]
         self._begun: list[Begun] = []
-        self._seen: list[Any] = []
+        self._seen: Marks | None = None
         self.report = Report(own=False, trusted=False, eventful=False)
         self._details = self._summary = self.norm = torch.zeros(0, device=device)
         self.adopt()
@@ -148,7 +148,7 @@ class Recording:
         pool = torch.cuda.graph_pool_handle() if recorded else None
         self._reading = Program(self._read, pool, recorded)
         self._writing = Program(self._write, pool, recorded)
-        self._seen = []
+        self._seen = None
 
     def still_fits(self, groups: Sequence[dict[str, Any]], state: State) -> bool:
         """Tell whether all that the graphs have been recorded with is as it was: addresses, options, layers.
@@ -174,7 +174,7 @@ class Recording:
     def read(self) -> Report:
         """Read gradients and learning rates as they are, unless that has been done, and wait for what comes out."""
         now = self._marks()
-        if not (self._seen and _same(now, self._seen)):
+        if self._seen is None or not self._seen.still_hold(now):
             for number, (group, rate) in enumerate(zip(self._groups, self._rates, strict=True)):
                 if group["lr"] != self._set_rates[number]:
                     rate.fill_(group["lr"])
@@ -187,12 +187,12 @@ class Recording:
 
     def forget(self) -> None:
         """Read anew at the next call, whatever has or has not changed."""
-        self._seen = []
+        self._seen = None
 
     def write(self) -> None:
         """Hand out the writing; `read` has just said that all factors are own and all layers trusted."""
         self._writing.run()
-        self._seen = []
+        self._seen = None
         torch.autograd.graph.increment_version(self._versions)
 
     def rows(self) -> list[tuple[Layer, bool, int]]:
@@ -212,19 +212,15 @@ class Recording:
         self._kept = [(entry, *item) for entry in self._entries for item in entry.items()]
         kept = [part for stack in self._stacks for part in stack.state]
         self._versions = [*self._parameters, *kept]
-        self._seen = []
+        self._seen = None
 
-    def _marks(self) -> list[Any]:
+    def _marks(self) -> Marks:
         """What a reading depends on, beside what `still_fits` looks at."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        tensors = [gradient for gradient in gradients if gradient is not None]
-        versions = [tensor._version for tensor in (*tensors, *self._versions)]
-        return [
-            *tensors,
-            versions,
-            [group["lr"] for group in self._groups],
-            _options_of(self._groups),
-        ]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        numbers = [tensor._version for tensor in (*gradients, *self._versions)]
+        rates = [group["lr"] for group in self._groups]
+        options = [number for some in _options_of(self._groups) for number in some]
+        return Marks(list(gradients), [*numbers, *rates, *options])
 
     def _copy_gradients(self) -> None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -339,11 +335,10 @@ def _is_fast(layers: list[Layer], state: State) -> bool:
     return can_be_fast(Work(points, points.u, points.v, StepOptions(0.0)))
 
 
-def _options_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
+def _options_of(groups: Sequence[dict[str, Any]]) -> list[list[float]]:
     """What is written into a graph, and is no tensor."""
     return [
-        [*(group[key] for key in StepOptions._fields[1:]), list(group["scaling"])]
-        for group in groups
+        [*(group[key] for key in StepOptions._fields[1:]), *group["scaling"]] for group in groups
     ]
 
 
@@ -355,12 +350,3 @@ def _other_parameters(groups: Sequence[dict[str, Any]], taken: Sequence[Tensor])
 def _addresses(parameters: Sequence[Tensor]) -> list[Any]:
     """Where parameters lie, and as what."""
     return [(parameter.data_ptr(), parameter.dtype, parameter.stride()) for parameter in parameters]
-
-
-def _same(now: list[Any], then: list[Any]) -> bool:
-    """Tell whether two lists of marks hold the same objects, and equal numbers at their ends."""
-    return (
-        len(now) == len(then)
-        and now[-3:] == then[-3:]
-        and all(a is b for a, b in zip(now[:-3], then[:-3], strict=True))
-    )

@@ -233,7 +233,11 @@ def values_and_right(matrix: Float[Tensor, "batch k k"]) -> tuple[Tensor, Tensor
     block = triton.next_power_of_2(size)
     pairs, width = block // 2, block if block <= _WHOLE else _PART
     warps = _warps(pairs * width, _FEW)
-    _decompose[(count,)](matrix, rows, vectors, values, size, pairs, block, width, num_warps=warps)
+    # Triton launches on the current device.
+    with torch.cuda.device_of(matrix):
+        _decompose[(count,)](
+            matrix, rows, vectors, values, size, pairs, block, width, num_warps=warps
+        )
     return values, vectors
 
 

@@ -10,7 +10,7 @@ import torch
 from dreamrie.diffusion.data import PictureSet, View
 from dreamrie.diffusion.pipeline import Posterior, encode_posterior
 
-# Pictures at a time, and their pixels: at 512 px one, because the encoder would need more memory than the training.
+# Pictures at a time, and their pixels: at 512 px one, because eight seem to need more memory than the training does.
 _ENCODE_BATCH, _ENCODE_PIXELS = 8, 512 * 512
 
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.unet import SIZES, Training
+from benchmarks.unet import SIZES, USUAL, Training
 from dreamrie.diffusion.lean import copy_less
-
-USUAL = "usual autocast"
 
 
 class Pass(NamedTuple):

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.unet import USUAL
 from dreamrie.diffusion.lean import copy_less
-from tests.diffusion.test_lean import USUAL, forward_and_backward, training
+from tests.diffusion.test_lean import forward_and_backward, training
 
 
 def _in_fp32(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
