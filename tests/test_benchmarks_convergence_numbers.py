@@ -22,7 +22,14 @@ from benchmarks.convergence.gains import (
 )
 from benchmarks.convergence.plan import Cell
 from benchmarks.convergence.records import Records
-from benchmarks.convergence.report import best_of, draw_and_print, main_rows, plane, trained
+from benchmarks.convergence.report import (
+    best_of,
+    draw_and_print,
+    grids_of,
+    main_rows,
+    plane,
+    trained,
+)
 from benchmarks.convergence.targets import plateau, row, steps_to, transfer
 
 # Image similarity 0.4 of 0.8, prompts followed: shares 0.5 and 1, harmonic mean 2/3.
@@ -136,6 +143,16 @@ CURVES = {
     "riemannion+loi": {0.1: [0.1, 0.12], 1.0: [0.2, 0.2], 10.0: [0.1, 0.12]},
 }
 BEST = {name: {1.0: rates[1.0]} for name, rates in CURVES.items()}
+
+
+def test_the_only_rate_of_a_rank_is_not_its_best_one() -> None:
+    """It would be drawn as such, and its plateau would be a point."""
+    records = _records(CURVES)
+    for cell, scores in _records(BEST, rank=16).cells.items():
+        records.add(cell, scores)
+    grids = grids_of(records, "loss")
+    assert list(grids) == [4]
+    assert grids[4].keys() == {ADAMW, OURS}
 
 
 def test_a_cut_short_seed_is_left_out() -> None:

@@ -24,10 +24,11 @@ _DPI = 110
 
 def _style(number: int) -> dict[str, Any]:
     """Color and marker of a method, the same in every figure."""
-    return {
-        "color": plt.get_cmap("tab20" if number > 9 else "tab10")(number % 20),
-        "marker": MARKERS[number % 12],
-    }
+    # Every fourth color of tab20b, because neighbors there are shades of one.
+    color = (
+        plt.get_cmap("tab10")(number) if number < 10 else plt.get_cmap("tab20b")(number * 4 % 20)
+    )
+    return {"color": color, "marker": MARKERS[number % 12]}
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -73,8 +74,13 @@ class Figures:
             )
             for axes, panel in zip(every[0], panels, strict=True):
                 panel(axes)
-                axes.legend(fontsize=7, framealpha=0.6)
+                _legend(axes)
             _save(figure, self._folder / f"convergence-{name}.png")
+
+
+def _legend(axes: Any) -> None:
+    """Below the axes: there are more methods than free corners."""
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
 
 
 def _steps(axes: Any, rows: Sequence[Row], steps: Sequence[int], words: str) -> None:
@@ -163,5 +169,5 @@ def plot_plane(
         xlabel="image similarity, share of the real pictures' to each other",
         ylabel="prompt margin, share of the base model's",
     )
-    axes.legend(fontsize=7, framealpha=0.6)
+    _legend(axes)
     _save(figure, path)

@@ -146,11 +146,18 @@ def main_rows(
 
 
 def grids_of(records: Records, measure: Measure) -> dict[int, Grid]:
-    """Every method by rank, on the trainings that all methods of the rank have."""
+    """Every method by rank, on the trainings that all methods of the rank have.
+
+    With one learning rate alone there is no best one and no plateau, so such a method is left out.
+    """
     found: dict[int, Grid] = {}
-    for rank in sorted({place[1] for place in places_of(records)}):
-        there = [place for place in places_of(records) if place[1] == rank]
-        found[rank] = collect(records, there, measure)
+    several = [
+        place
+        for place in places_of(records)
+        if len(collect(records, [place], measure)[place].lrs) > 1
+    ]
+    for rank in sorted({rank for _, rank in several}):
+        found[rank] = collect(records, [place for place in several if place[1] == rank], measure)
     return found
 
 
