@@ -260,10 +260,12 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     sweeps = Records({}, {"owl": BASE})
     sweeps.add(Cell("riemannion+loi", 4, 1.0, 0, "decay=1"), {"owl": [6000, 3000, 90_000, 5000]})
     sweeps.add(Cell("riemannion+loi", 4, 1.0, 0), {"owl": [4000, 3000, 90_000, 5000]})
+    short = Records({"steps": 67}, {"owl": BASE})
+    short.add(Cell("muon", 4, 0.5, 0), {"owl": [4000, 3000, 70_000, 5000]})
     points = plane(test, collect(test, [ADAMW, OURS]))
     assert points["base model"] == [(0.5, 1.0)]
     assert points["adamw"][0] == pytest.approx((0.5, 1.0), abs=1e-3)
-    files = {"tuning": tuning, "test": test, "curves": curves, "sweeps": sweeps}
+    files = {"tuning": tuning, "test": test, "curves": curves, "sweeps": sweeps, "short": short}
     draw_and_print(files, 4, tmp_path)
     said = capsys.readouterr().out
     assert said.count("over adamw's own: 0.25 [0.25 0.25]; target at most 0.33: reached") == 4
@@ -286,6 +288,8 @@ def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "1.000",
         "0.100",
     ]
+    third = said[said.index("trainings of 67 steps, on the tuning concepts:") :].splitlines()[3]
+    assert [cell.strip() for cell in third.split("|")[1:]][::9] == ["muon", "0.300"]
     tables = said[said.index("===") :].splitlines()
     names = [line.split("|")[1].strip() for line in tables if line.startswith("| ")]
     assert names[:5] == ["method", "-" * 14, "adamw", "adamw, rank 8", "muon"]

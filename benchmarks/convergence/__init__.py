@@ -4,6 +4,7 @@
     python -m benchmarks.convergence run test      the same on the test concepts
     python -m benchmarks.convergence run curves    the best learning rate of the first, on the test concepts, step by
     python -m benchmarks.convergence run sweeps    one setting after the other varied on the tuning concepts
+    python -m benchmarks.convergence run short     as tuning, planned for a third of the steps
     python -m benchmarks.convergence plots         draw and print what the JSON files of all that hold
 
 `run` does what is missing and can be stopped at any time.

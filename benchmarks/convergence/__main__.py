@@ -13,6 +13,8 @@ from benchmarks.convergence.plan import (
     CONCEPTS,
     PARTS,
     RANKS,
+    SHORT_STEPS,
+    STEPS,
     SWEEPS,
     TEST,
     TUNING,
@@ -46,7 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
         choices=PARTS,
         help="tuning: every learning rate on the tuning concepts; test: the same on the test concepts; curves: the "
         "learning rates that are best in the tuning file, see --choices, on the test concepts, scored on the "
-        "way; sweeps: at that of the loss, one setting after the other varied on the tuning concepts",
+        "way; sweeps: at that of the loss, one setting after the other varied on the tuning concepts; short: as "
+        "tuning, a third of the steps",
     )
     trains.add_argument("--output", type=Path, help="JSON; default below benchmarks/results")
     trains.add_argument(
@@ -82,7 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="of curves: by what its learning rates are best",
     )
     usual = Budget()
-    trains.add_argument("--steps", type=int, default=usual.steps)
+    trains.add_argument(
+        "--steps", type=int, help=f"default {STEPS}; of short {SHORT_STEPS}, a schedule of its own"
+    )
     trains.add_argument("--batch", type=int, default=usual.batch, help="pictures of a step")
     trains.add_argument("--pictures", type=int, default=usual.pictures, help="of each scoring")
     trains.add_argument(
@@ -129,10 +134,11 @@ def train(options: argparse.Namespace) -> None:
     """Do what is missing."""
     started = time.time()
     is_test = options.part in {"test", "curves"}
+    steps = options.steps or (SHORT_STEPS if options.part == "short" else STEPS)
     task = Task(
         cells_of(options, read_records([FILES["tuning"]])),
         tuple(options.concepts or (TEST if is_test else TUNING)),
-        Budget(options.steps, options.batch, options.pictures, options.part == "curves"),
+        Budget(steps, options.batch, options.pictures, options.part == "curves"),
         options.stack,
         options.workers,
         options.device,

@@ -15,6 +15,8 @@ TUNING = ("pumpkin", "owl", "puzzle_cube")
 TEST = ("alien", "flying_saucer", "robot", "rubber_duck", "teapot", "teddy_bear", "unicorn")
 CONCEPTS = TUNING + TEST
 RANKS, SEEDS = (4, 2, 8, 16), (0, 1, 2)
+# Optimizer steps of a training; the second number is that of the part called short.
+STEPS, SHORT_STEPS = 200, 67
 # Steps after which a training is scored where its curve is asked for, as parts of its length.
 MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 
@@ -29,9 +31,10 @@ SWEEPS: dict[str, tuple[float | str, ...]] = {
 """Settings of riemannion that can be varied, without what they usually are here: start in multiples of the default,
 LOI batches, decay, schedule, and match_rms: learning rates in proportion to sqrt(m n), so that the entries of a step
 are of one size in all layers; and the guidance of the pictures, of any method."""
-PARTS = ("tuning", "test", "curves", "sweeps")
+PARTS = ("tuning", "test", "curves", "sweeps", "short")
 """Files of the bench: every learning rate on the tuning concepts; the same on the test concepts; the best of the first
-on the test concepts with its curve; single settings varied on the tuning concepts."""
+on the test concepts with its curve; single settings varied on the tuning concepts; a third of the steps on the tuning
+concepts."""
 
 
 class Cell(NamedTuple):
@@ -68,7 +71,7 @@ class Budget(NamedTuple):
         is_curve: scored on the way, too; else at the end alone.
     """
 
-    steps: int = 200
+    steps: int = STEPS
     batch: int = 4
     pictures: int = 12
     is_curve: bool = False

@@ -214,7 +214,7 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
     Curves are drawn of the methods with all seeds; the tables have those with fewer, too.
 
     Args:
-        files: finished trainings by part: tuning, test, curves, sweeps; any may be empty.
+        files: finished trainings by part: tuning, test, curves, sweeps, short; any may be empty.
         rank: of the first table, and of the figures but the one over ranks.
         folder: gets convergence-steps.png, -rates.png, -ranks.png and -plane.png.
     """
@@ -229,6 +229,9 @@ def draw_and_print(files: Mapping[str, Records], rank: int, folder: Path) -> Non
             + means_table(files["curves"])
             + "\n"
         )
+    if files["short"].cells:
+        print(f"trainings of {files['short'].facts['steps']} steps, on the tuning concepts:")
+        print(means_table(files["short"]) + "\n")
     figures = plots.Figures(folder)
     tunings: dict[Measure, Grid] = {
         measure: {
