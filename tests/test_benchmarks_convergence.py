@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convergence import pool
-from benchmarks.convergence.__main__ import FILES, cells_of, make_parser
+from benchmarks.convergence.__main__ import FILES, budget_of, cells_of, make_parser
 from benchmarks.convergence.methods import (
     DEFAULT,
     Method,
@@ -21,6 +21,7 @@ from benchmarks.convergence.methods import (
 )
 from benchmarks.convergence.plan import (
     CONCEPTS,
+    PARTS,
     RANKS,
     SEEDS,
     TEST,
@@ -192,6 +193,16 @@ def test_the_usual_command_is_the_whole_plan() -> None:
         _cells("tuning", "--grid", "6")
     with pytest.raises(SystemExit, match="names no method"):
         _cells("tuning", "--centre", "muon=1")
+
+
+def test_a_short_training_has_a_third_of_the_steps() -> None:
+    def steps(*words: str) -> int:
+        return budget_of(make_parser().parse_args(["run", *words])).steps
+
+    assert [steps(part) for part in PARTS] == [200, 200, 200, 200, 67]
+    assert steps("short", "--steps", "30") == 30
+    # The learning rates are those of the whole length.
+    assert _cells("short", "--grid", "1") == _cells("tuning", "--grid", "1")
 
 
 def test_curves_are_trained_at_the_best_learning_rates_of_the_tuning_file() -> None:

@@ -130,15 +130,25 @@ def cells_of(options: argparse.Namespace, tuned: Records) -> list[Cell]:
     return plan(options.methods, options.ranks, options.seeds, centres, options.grid)
 
 
+def budget_of(options: argparse.Namespace) -> Budget:
+    """What every training of a part gets.
+
+    Args:
+        options: of `run`.
+    """
+    usual = SHORT_STEPS if options.part == "short" else STEPS
+    steps = usual if options.steps is None else options.steps
+    return Budget(steps, options.batch, options.pictures, options.part == "curves")
+
+
 def train(options: argparse.Namespace) -> None:
     """Do what is missing."""
     started = time.time()
     is_test = options.part in {"test", "curves"}
-    steps = options.steps or (SHORT_STEPS if options.part == "short" else STEPS)
     task = Task(
         cells_of(options, read_records([FILES["tuning"]])),
         tuple(options.concepts or (TEST if is_test else TUNING)),
-        Budget(steps, options.batch, options.pictures, options.part == "curves"),
+        budget_of(options),
         options.stack,
         options.workers,
         options.device,
