@@ -11,7 +11,9 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 # Any: matplotlib's type is a literal of all its settings.
@@ -167,10 +169,14 @@ def render(figure: Figure, kind: str = "svg", dpi: int = 160) -> bytes:
     with mpl.rc_context(_RC), warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; the tables beside spell it out.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(
-            stream, format=kind, dpi=dpi, facecolor=figure.get_facecolor(), metadata=metadata
-        )
+        if kind == "svg" and isinstance(figure.get_layout_engine(), PlaceHolderLayoutEngine):
+            # The layout is done, and `savefig` would draw a first time for it alone.
+            FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+        else:
+            metadata = {"Date": None} if kind == "svg" else {"Software": None}
+            figure.savefig(
+                stream, format=kind, dpi=dpi, facecolor=figure.get_facecolor(), metadata=metadata
+            )
     return stream.getvalue()
 
 

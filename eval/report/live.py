@@ -62,11 +62,13 @@ def _loss_chart(losses: tuple[tuple[int, float], ...], max_steps: int) -> str:
     steps, values = (np.array(column) for column in zip(*drawn, strict=True))
     lost = len(losses) - len(drawn)
     note = f", {lost} not finite" if lost else ""
+    median = running_median(values)
 
     def draw(theme: Theme) -> Figure:
         figure, (axes,) = make_figure(*PANEL_IN, theme)
-        axes.add_patch(_dots(steps, values, theme.faint))
-        axes.plot(steps, running_median(values), color=theme.main, linewidth=2)
+        # Limits are set below: a patch would look for its own, stroke by stroke.
+        axes.add_artist(_dots(steps, values, theme.faint))
+        axes.plot(steps, median, color=theme.main, linewidth=2)
         axes.set_xlim(0, max(max_steps, steps[-1], 1))
         axes.set_ylim(*padded(list(values), least=1e-6))
         whole_numbers(axes.xaxis)
