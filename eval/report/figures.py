@@ -169,11 +169,11 @@ def render(figure: Figure, kind: str = "svg", dpi: int = 160) -> bytes:
     with mpl.rc_context(_RC), warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; the tables beside spell it out.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
         if kind == "svg" and isinstance(figure.get_layout_engine(), PlaceHolderLayoutEngine):
             # The layout is done, and `savefig` would draw a first time for it alone.
-            FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+            FigureCanvasSVG(figure).print_svg(stream, metadata=metadata)
         else:
-            metadata = {"Date": None} if kind == "svg" else {"Software": None}
             figure.savefig(
                 stream, format=kind, dpi=dpi, facecolor=figure.get_facecolor(), metadata=metadata
             )
