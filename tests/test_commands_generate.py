@@ -20,6 +20,8 @@ from dreamrie.errors import NumericalError
 from tests.diffusion.test_generating import adapter
 from tests.small_models import small_components, small_folder
 
+pytestmark = pytest.mark.end_to_end
+
 BASE = str(small_folder("sd2-eps"))
 FAST = ("--steps", "2", "--guidance_scale", "3")
 

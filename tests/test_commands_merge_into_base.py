@@ -36,6 +36,8 @@ from tests.small_models import make_small_pipeline, small_folder
 from tests.strategies import noise
 from tests.test_adapter_file import trained
 
+pytestmark = pytest.mark.end_to_end
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FP32 = 1e-6
 

@@ -23,6 +23,8 @@ from tests.contracts.sources import ROOT
 from tests.small_adapters import save_small, trained_small
 from tests.strategies import noise
 
+pytestmark = pytest.mark.end_to_end
+
 
 def matrices(seed: int = 1) -> dict[str, Tensor]:
     """The change of each layer, from the model."""

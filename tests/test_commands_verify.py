@@ -24,6 +24,8 @@ from dreamrie.lora import LoraPair
 from tests.small_models import make_small_pipeline, small_components, small_folder
 from tests.test_adapter_file import trained
 
+pytestmark = pytest.mark.end_to_end
+
 STEPS = 2
 
 

@@ -19,6 +19,8 @@ from examples.demo_scores import score_table
 from tests.contracts.sources import ROOT
 from tests.small_models import make_small_pipeline
 
+pytestmark = pytest.mark.end_to_end
+
 PROMPTS = ["a sks disc", "a sks disc on grass"]
 
 

@@ -15,6 +15,8 @@ from tests.app import browser as by
 from tests.app.serving import fake_page
 from tests.mutants.summary import FIGURE
 
+pytestmark = pytest.mark.end_to_end
+
 # A training takes a minute on an idle machine.
 LONG_S = 400.0
 PUMPKINS = sorted((by.CONCEPTS / "pumpkin").glob("*.png"))

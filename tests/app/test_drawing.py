@@ -25,6 +25,8 @@ from app.words import BROKEN
 from tests.app.fake_worker import FakeArtist
 from tests.contracts.sources import ROOT
 
+pytestmark = pytest.mark.end_to_end
+
 FAKE = (sys.executable, "-m", "tests.app.fake_worker")
 REAL = (sys.executable, "-m", "app.worker")
 

@@ -11,6 +11,8 @@ import pytest
 from tests.app import browser as by
 from tests.mutants.summary import FIGURE
 
+pytestmark = pytest.mark.end_to_end
+
 BAR_S = 30.0
 
 

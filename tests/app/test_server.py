@@ -23,6 +23,8 @@ from tests.app.serving import API, Client, fake_page
 from tests.contracts.sources import ROOT
 from tests.mutants.summary import FIGURE
 
+pytestmark = pytest.mark.end_to_end
+
 USERS, JOBS = 8, 20
 # Gradio names an upload by its place in the data folder; no other place may be named.
 _OWN_FILE = r"{data}/incoming/[0-9a-f]{{64}}/[\w.-]+"

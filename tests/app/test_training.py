@@ -22,6 +22,8 @@ from tests.app.fake_work import ANNA, BORIS, held
 from tests.app.test_drawing import waits_until
 from tests.contracts.sources import ROOT
 
+pytestmark = pytest.mark.end_to_end
+
 # ----------------------------------------------------------------------------------------------------- laws
 
 

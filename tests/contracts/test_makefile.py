@@ -41,7 +41,13 @@ def run_make(
 
 @pytest.mark.parametrize(
     ("target", "command"),
-    [("demo", "-m examples.demo"), ("app", "-m app"), ("test", "-m pytest"), ("check", "-m mypy")],
+    [
+        ("demo", "-m examples.demo"),
+        ("app", "-m app"),
+        ("test", '-m pytest -q -n 2 --dist worksteal --durations=10 -m "not end_to_end'),
+        ("end-to-end", '-m pytest -q -n 2 --dist worksteal --durations=10 -m "end_to_end'),
+        ("check", "-m mypy"),
+    ],
 )
 def test_a_target_makes_its_environment_first(clone: Path, target: str, command: str) -> None:
     """From nothing: create .venv, install, then run; once installed, only run."""
@@ -107,10 +113,10 @@ def test_a_machine_without_python_is_told_what_to_install(clone: Path) -> None:
 
 
 def test_continuous_integration_runs_what_a_developer_types() -> None:
-    """`.ci/run` is executable and calls make for check, test and demo, offline."""
+    """`.ci/run` is executable and calls make for check, both halves of the tests and demo, offline."""
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text("utf-8")
-    assert "for target in check test demo" in text
+    assert "for target in check test end-to-end demo" in text
     assert 'make "$target"' in text
     assert "HF_HUB_OFFLINE=1" in text

@@ -42,9 +42,9 @@ def test_the_first_screen_is_a_picture_and_two_commands() -> None:
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
 def test_each_make_target_exists(text: str) -> None:
     """`make X` in a text is a target of the Makefile."""
-    named = set(re.findall(r"\bmake ([a-z]+)\b", text)) & set(re.findall(r"`make ([a-z]+)", text))
-    named |= set(re.findall(r"^make ([a-z]+)", text, re.MULTILINE))
-    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)\b", text)) & set(re.findall(r"`make ([a-z-]+)", text))
+    named |= set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     assert named
     assert named <= targets
 

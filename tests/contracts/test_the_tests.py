@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,16 @@ from tests.mutants.summary import PROPERTY
 MUTANTS = all_mutants()
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def marks_of(mutant: Mutant) -> list[pytest.MarkDecorator]:
+    """A law that is tried from end to end is broken there, too."""
+    marks = getattr(importlib.import_module(mutant.law.__module__), "pytestmark", [])
+    every = marks if isinstance(marks, list) else [marks]
+    return [mark for mark in every if mark.name == "end_to_end"]
+
+
+@pytest.mark.parametrize(
+    "mutant", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in MUTANTS]
+)
 def test_the_law_rejects_the_mutant(
     mutant: Mutant, record_property: Callable[[str, object], None]
 ) -> None:

@@ -27,6 +27,8 @@ from tests.distributed.test_training import watch_writes
 from tests.llm import small
 from tests.llm.test_train_llm import SHORT
 
+pytestmark = pytest.mark.end_to_end
+
 SETTINGS: dict[str, Any] = {
     "rank": 2,
     "loi_batches": 3,

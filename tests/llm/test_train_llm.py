@@ -22,6 +22,8 @@ from dreamrie.errors import CheckpointError, ConfigError
 from dreamrie.llm import task as real
 from tests.llm import small
 
+pytestmark = pytest.mark.end_to_end
+
 SHORT = [
     {
         "instruction": f"is {word} cold? Answer format: yes/no",

@@ -200,14 +200,17 @@ def test_a_stop_loses_no_scoring() -> None:
     law_c8_a_stop_loses_no_scoring(loop)
 
 
-# One of each kind of state; the others take their turn in `make full`.
+# One of each kind of state; the others take their turn in `make end-to-end`.
 OFTEN = {"riemannion", "adamw", "muon", "loraplus", "rprec_adamw", "lora_rite"}
 ANCHORED = sorted(name for name, entry in OPTIMIZERS.items() if entry.anchor != "refused")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in ANCHORED],
+    [
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.end_to_end)
+        for name in ANCHORED
+    ],
 )
 def test_straight_equals_resumed(name: str) -> None:
     law_c1_straight_equals_resumed(loop, name)

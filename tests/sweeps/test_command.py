@@ -19,6 +19,8 @@ from tests.contracts.sources import ROOT
 from tests.small_models import make_small_pipeline, write_pictures
 from tests.train_dreambooth.killing import finish, result_of, steps_in
 
+pytestmark = pytest.mark.end_to_end
+
 STEPS, EVERY = 400, 50
 PATIENCE_S = 600.0
 

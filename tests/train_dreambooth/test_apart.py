@@ -20,6 +20,8 @@ from tests.small_models import make_small_pipeline
 from tests.train_dreambooth.killing import result_of
 from tests.train_dreambooth.small_run import ADAPTER, Command
 
+pytestmark = pytest.mark.end_to_end
+
 FAST = ("--learning_rate", "1e-2", "--spectrum_steps", 2)
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 from dreamrie.config import parse_config
 from tests.train_dreambooth.small_run import Command
 
+pytestmark = pytest.mark.end_to_end
+
 
 def make_folder(path: Path) -> Path:
     path.mkdir()

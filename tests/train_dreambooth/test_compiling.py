@@ -15,6 +15,8 @@ from dreamrie.lora.fingerprint import base_fingerprint
 from tests.small_models import write_pictures
 from tests.train_dreambooth.small_run import ADAPTER, Command, metrics
 
+pytestmark = pytest.mark.end_to_end
+
 COMPILED = "--torch_compile"
 
 

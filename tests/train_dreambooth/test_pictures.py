@@ -11,6 +11,8 @@ from PIL import Image
 
 from tests.train_dreambooth.small_run import ADAPTER, Command, metrics, moved
 
+pytestmark = pytest.mark.end_to_end
+
 SIZES = {"a.png": (64, 64), "b.png": (120, 80), "c.png": (80, 120), "d.png": (96, 96)}
 
 

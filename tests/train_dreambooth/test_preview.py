@@ -18,6 +18,8 @@ from dreamrie.streams import derive_seed
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command
 from tests.train_dreambooth.test_scores import SCORES
 
+pytestmark = pytest.mark.end_to_end
+
 LOOKS = ("--validation_prompt", PROMPT, "--validation_steps", 2, "--guidance_scale", 3)
 # Steps that can be seen.
 VISIBLE = ("--learning_rate", 0.05, "--start_scale", 1)

@@ -20,6 +20,8 @@ from tests.contracts.sources import ROOT
 from tests.small_task import SmallTask
 from tests.train_dreambooth.small_run import PROMPT, Command
 
+pytestmark = pytest.mark.end_to_end
+
 LINE = re.compile(
     r"# time: about (\d+) s after loading \(initialization (\d+), steps (\d+), pictures and scores (\d+)\)"
 )

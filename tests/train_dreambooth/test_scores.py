@@ -14,6 +14,8 @@ from dreamrie.diffusion.adapters import read_metadata
 from dreamrie.trainer import StopRequest, loop
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command, metrics
 
+pytestmark = pytest.mark.end_to_end
+
 SCORES = (
     *("--score_steps", 2, "--score_images", 4, "--score_prompts", "living"),
     *("--score_inference_steps", 1, "--score_encoders", "effnet-lite2-64-160", "tiny-clip"),

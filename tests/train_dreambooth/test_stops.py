@@ -17,6 +17,8 @@ from dreamrie.diffusion.task import DreamBoothTask
 from tests.contracts.sources import ROOT
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command, metrics, moved
 
+pytestmark = pytest.mark.end_to_end
+
 # ------------------------------------------------------------------------------------ failures
 
 

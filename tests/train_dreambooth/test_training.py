@@ -23,6 +23,8 @@ from dreamrie.streams import derive_seed
 from tests.contracts.sources import ROOT
 from tests.train_dreambooth.small_run import ADAPTER, PROMPT, Command, metrics, moved
 
+pytestmark = pytest.mark.end_to_end
+
 # ------------------------------------------------------------------------------------ training
 
 
