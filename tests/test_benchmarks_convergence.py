@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convergence import pool
-from benchmarks.convergence.__main__ import FILES, budget_of, cells_of, make_parser
+from benchmarks.convergence.__main__ import FILES, budget_of, cells_of, read_options
 from benchmarks.convergence.methods import (
     DEFAULT,
     Method,
@@ -183,7 +183,7 @@ def test_a_sweep_changes_one_setting_at_the_best_learning_rate() -> None:
 
 
 def _cells(*words: str, tuned: Records | None = None) -> list[Cell]:
-    return cells_of(make_parser().parse_args(["run", *words]), tuned or Records())
+    return cells_of(read_options(["run", *words]), tuned or Records())
 
 
 def test_the_usual_command_is_the_whole_plan() -> None:
@@ -195,9 +195,29 @@ def test_the_usual_command_is_the_whole_plan() -> None:
         _cells("tuning", "--centre", "muon=1")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tuning", "--choices", "loss"), "run tuning does not read --choices; that is of curves"),
+        (("curves", "--settings", "decay"), "--settings; that is of sweeps"),
+        (
+            ("sweeps", "--grid", "3"),
+            "run sweeps does not read --grid; that is of tuning, test, short",
+        ),
+        (("curves", "--centre", "muon=1", "--methods", "muon"), "--centre"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_options(["run", *words])
+    assert said in capsys.readouterr().err
+
+
 def test_a_short_training_has_a_third_of_the_steps() -> None:
     def steps(*words: str) -> int:
-        return budget_of(make_parser().parse_args(["run", *words])).steps
+        return budget_of(read_options(["run", *words])).steps
 
     assert [steps(part) for part in PARTS] == [200, 200, 200, 200, 67]
     assert steps("short", "--steps", "30") == 30

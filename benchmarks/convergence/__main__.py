@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.convergence.gains import MEASURES, best_rates
 from benchmarks.convergence.methods import CENTRES, DEFAULT, GRID
@@ -30,6 +31,14 @@ from benchmarks.convergence.records import Records, read_records
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = {name: RESULTS / f"convergence-{name}.json" for name in PARTS}
+GRIDS = ("tuning", "test", "short")
+# Options that only some parts read, with what they are when they are not given.
+READ_BY: dict[str, tuple[tuple[str, ...], Any]] = {
+    "grid": (GRIDS, GRID),
+    "centre": (GRIDS, []),
+    "settings": (("sweeps",), list(SWEEPS)),
+    "choices": (("curves",), list(MEASURES)),
+}
 
 
 def _centre(text: str) -> tuple[str, float]:
@@ -61,26 +70,23 @@ def make_parser() -> argparse.ArgumentParser:
     trains.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="main one first")
     trains.add_argument("--seeds", nargs="+", type=int, default=[0])
     trains.add_argument("--concepts", nargs="+", default=None, choices=CONCEPTS)
-    trains.add_argument("--grid", type=int, default=GRID, help="learning rates, an odd number")
+    trains.add_argument("--grid", type=int, help=f"learning rates, an odd number; default {GRID}")
     trains.add_argument(
         "--centre",
         nargs="+",
         type=_centre,
-        default=[],
         metavar="METHOD=LR",
         help=f"middle of a grid; defaults: {', '.join(f'{k} {v:g}' for k, v in CENTRES.items())}",
     )
     trains.add_argument(
         "--settings",
         nargs="+",
-        default=list(SWEEPS),
         choices=SWEEPS,
         help="of sweeps, for riemannion",
     )
     trains.add_argument(
         "--choices",
         nargs="+",
-        default=list(MEASURES),
         choices=MEASURES,
         help="of curves: by what its learning rates are best",
     )
@@ -103,6 +109,21 @@ def make_parser() -> argparse.ArgumentParser:
     draws.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the figures")
     draws.add_argument("--rank", type=int, default=RANKS[0], help="of the first figures and table")
     return parser
+
+
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line with its defaults; an option that the part would not read is refused."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.command == "run":
+        for name, (parts, usual) in READ_BY.items():
+            if getattr(options, name) is None:
+                setattr(options, name, usual)
+            elif options.part not in parts:
+                parser.error(
+                    f"run {options.part} does not read --{name}; that is of {', '.join(parts)}"
+                )
+    return options
 
 
 def cells_of(options: argparse.Namespace, tuned: Records) -> list[Cell]:
@@ -170,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: see `--help`.
     """
-    options = make_parser().parse_args(argv)
+    options = read_options(argv)
     if options.command == "run":
         train(options)
         return
