@@ -109,13 +109,6 @@ class Search:
         return self.step == self.found or (self.allowed and self.paired[1] >= 0)
 
 
-# The tables of the README were measured before the defaults changed, with these.
-MEASURED_WITH = (
-    *("--momentum", "0.9", "--learning_rate", "2e-2"),
-    *("--loi_batches", "32", "--start_scale", "0.2"),
-)
-
-
 def flags_of(concept: str, seed: int, folder: Path, extra: Sequence[str]) -> list[str]:
     """Command line of one training; demo.yaml names another concept."""
     words = concept.replace("_", " ")
@@ -123,7 +116,7 @@ def flags_of(concept: str, seed: int, folder: Path, extra: Sequence[str]) -> lis
     flags += ["--instance_data_dir", str(CONCEPTS / concept)]
     flags += ["--instance_prompt", f"a sks {words}", "--output_dir", str(folder)]
     flags += ["--validation_prompt", f"a sks {words}", "--validation_steps", "1000000"]
-    return [*flags, *MEASURED_WITH, *extra]
+    return [*flags, *extra]
 
 
 def is_done(job: Job) -> bool:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from benchmarks.convergence import plots
 from benchmarks.convergence.gains import (
     Series,
     best_rates,
@@ -241,6 +243,25 @@ def test_what_was_not_trained_at_the_choice_of_the_score_is_named() -> None:
     assert found == ({ADAMW: 1.0}, ["riemannion+loi, rank 4 (0.1)"])
     # What is missing of the loss stays, so that `main_rows` refuses it.
     assert trained(curves, {"loss": other, "score": tuning}, "loss") == (best_of(other), [])
+
+
+def test_few_methods_are_drawn_in_color(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """AdamW and three near the top, at any rank; the others are grey behind them, with one line of legend."""
+    names = ("sgd", "adamw", "muon, rank 8", "imuon", "adamw+pissa")
+    one = _series(0.2, lrs=(0.1,))
+    rows = [row(name, one, 0.1, None, (one, one), [0, 100]) for name in names]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    figures = plots.Figures(tmp_path)
+    figures.steps(rows, [0, 100], "gain")
+    figures.save()
+    (axes,) = drawn[0].axes
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["3 others of the table", "adamw, lr 0.1", "muon, rank 8, lr 0.1"]
+    # The last line is that of zero.
+    colors = [line.get_color() for line in axes.lines[:-1]]
+    assert colors[:3] == ["0.75"] * 3
+    assert len(set(colors)) == 3
 
 
 def test_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 MARKERS = "osD^v<>ph*XP"
+# In color against steps, at any rank; with the others, twenty bands of color would hide each other.
+NAMED = ("adamw", "riemannion+loi", "muon", "lora_muon")
 _DPI = 110
 
 
@@ -84,7 +86,14 @@ def _legend(axes: Any) -> None:
 
 
 def _steps(axes: Any, rows: Sequence[Row], steps: Sequence[int], words: str) -> None:
-    for number, row in enumerate(rows):
+    named, others = (
+        [row for row in rows if (row.name.partition(",")[0] in NAMED) == is_named]
+        for is_named in (True, False)
+    )
+    for place, row in enumerate(others):
+        label = "_" if place else f"{len(others)} others of the table"
+        axes.plot(steps, row.curve[0], label=label, color="0.75", linewidth=0.8)
+    for number, row in enumerate(named):
         style = _style(number)
         axes.plot(steps, row.curve[0], label=f"{row.name}, lr {row.lr:g}", markersize=4, **style)
         axes.fill_between(
