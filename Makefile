@@ -1,7 +1,7 @@
 # Every target works from a fresh clone: it makes .venv, installs once, and runs. Nothing is fetched from a model hub.
 #   make demo    train the example concept and draw runs/demo/grid.png
 #   make app     train, watch, generate and compare in a browser, at http://127.0.0.1:7860
-#   make test    all laws, mutants and contracts (under 10 minutes on 2 cores)
+#   make test    laws, mutants and contracts (under 10 minutes on 2 cores)
 #   make end-to-end  whole commands and servers from outside: killed and resumed, stopped, attacked (about as long)
 #   make check   format, lint, types, layering
 #   make full    everything, long searches included

@@ -197,6 +197,10 @@ class Bench:
         kept = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else fresh
         same = all(kept[key] == fresh[key] for key in ("files", "pictures"))
         self.content = kept if same else fresh
+        if not same:
+            # Sums of other adapters; before the new scores are begun, after which nobody could tell.
+            for merged_file in self.folder.glob(f"*/{DONE}"):
+                merged_file.unlink()
 
     def score(self, method: str, adapter: Path | None, concepts: Sequence[str]) -> None:
         """Score pictures of these concepts, unless that was done before."""

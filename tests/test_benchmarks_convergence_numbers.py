@@ -257,7 +257,7 @@ def test_few_methods_are_drawn_in_color(monkeypatch: pytest.MonkeyPatch, tmp_pat
     figures.save()
     (axes,) = drawn[0].axes
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["3 others of the table", "adamw, lr 0.1", "muon, rank 8, lr 0.1"]
+    assert legend == ["3 others with all seeds", "adamw, lr 0.1", "muon, rank 8, lr 0.1"]
     # The last line is that of zero.
     colors = [line.get_color() for line in axes.lines[:-1]]
     assert colors[:3] == ["0.75"] * 3

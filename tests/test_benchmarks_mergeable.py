@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,30 @@ def test_the_table_is_made_from_the_summary_alone() -> None:
 def test_the_density_that_keeps_most_is_chosen() -> None:
     scores = {f"ties_svd {d:g}": (0.4 + g, 0.3) for d, g in ((0.3, 0.0), (0.5, 0.2), (0.7, 0.1))}
     assert mergeable.best_density(rows_of(SCORES | scores), "ties_svd") == 0.5
+
+
+def test_sums_of_other_adapters_are_not_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that was trained again is merged again; as long as it is the same, nothing is lost."""
+    adapter, kept = tmp_path / "adapter", tmp_path / "a+b-0" / "plain sum" / mergeable.DONE
+    monkeypatch.setattr(mergeable, "open_adapter", lambda _: SimpleNamespace(path=adapter))
+    job = ("a", 0, tmp_path, [])
+    cell = mergeable.Cell("a", "b", 0, (job, job, job))
+
+    def opened(content: bytes) -> mergeable.Bench:
+        adapter.write_bytes(content)
+        return mergeable.Bench(cell, None, tmp_path)
+
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"sum")
+    first = opened(b"one")
+    first.content["rows"]["plain sum: a"] = {"image": 0.5}
+    first.path.write_text(json.dumps(first.content), "utf-8")
+    assert opened(b"one").content == first.content
+    assert kept.exists()
+    assert opened(b"two").content["rows"] == {}
+    assert not kept.exists()
 
 
 @pytest.mark.slow

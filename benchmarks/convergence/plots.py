@@ -24,8 +24,19 @@ NAMED = ("adamw", "riemannion+loi", "muon", "lora_muon")
 _DPI = 110
 
 
+def _styles(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Color and marker of each: those of `NAMED` are the same in every figure; other ranks are dashed."""
+    known = [name.partition(",")[0] for name in names]
+    order = [*NAMED, *dict.fromkeys(name for name in known if name not in NAMED)]
+    found = [_style(order.index(name)) for name in known]
+    return [
+        style | {"linestyle": "--" if "," in name else "-"}
+        for name, style in zip(names, found, strict=True)
+    ]
+
+
 def _style(number: int) -> dict[str, Any]:
-    """Color and marker of a method, the same in every figure."""
+    """One of many colors and markers."""
     # Every fourth color of tab20b, because neighbors there are shades of one.
     color = (
         plt.get_cmap("tab10")(number) if number < 10 else plt.get_cmap("tab20b")(number * 4 % 20)
@@ -91,10 +102,9 @@ def _steps(axes: Any, rows: Sequence[Row], steps: Sequence[int], words: str) -> 
         for is_named in (True, False)
     )
     for place, row in enumerate(others):
-        label = "_" if place else f"{len(others)} others of the table"
+        label = "_" if place else f"{len(others)} others with all seeds"
         axes.plot(steps, row.curve[0], label=label, color="0.75", linewidth=0.8)
-    for number, row in enumerate(named):
-        style = _style(number)
+    for row, style in zip(named, _styles([row.name for row in named]), strict=True):
         axes.plot(steps, row.curve[0], label=f"{row.name}, lr {row.lr:g}", markersize=4, **style)
         axes.fill_between(
             steps, row.curve[1], row.curve[2], color=style["color"], alpha=0.12, linewidth=0
@@ -105,9 +115,8 @@ def _steps(axes: Any, rows: Sequence[Row], steps: Sequence[int], words: str) -> 
 
 
 def _rates(axes: Any, series: Mapping[str, Series], words: str) -> None:
-    for number, (name, one) in enumerate(series.items()):
+    for (name, one), style in zip(series.items(), _styles(list(series)), strict=True):
         flat, best = plateau(one.lrs, one.finals), one.lrs[one.best]
-        style = _style(number)
         axes.semilogx(
             [lr / best for lr in one.lrs],
             one.finals,
@@ -132,7 +141,7 @@ def _rates(axes: Any, series: Mapping[str, Series], words: str) -> None:
 
 def _ranks(axes: Any, by_rank: Mapping[int, Mapping[str, Series]], words: str) -> None:
     names = list(dict.fromkeys(name for found in by_rank.values() for name in found))
-    for number, name in enumerate(names):
+    for number, (name, style) in enumerate(zip(names, _styles(names), strict=True)):
         ranks = [rank for rank in sorted(by_rank) if name in by_rank[rank]]
         found = [by_rank[rank][name] for rank in ranks]
         flats = [plateau(one.lrs, one.finals) for one in found]
@@ -142,9 +151,7 @@ def _ranks(axes: Any, by_rank: Mapping[int, Mapping[str, Series]], words: str) -
         )
         # Side by side, so that the bars of two methods do not hide each other.
         places = [rank * 1.04**number for rank in ranks]
-        axes.errorbar(
-            places, best, yerr=bars.clip(0), label=name, markersize=5, capsize=3, **_style(number)
-        )
+        axes.errorbar(places, best, yerr=bars.clip(0), label=name, markersize=5, capsize=3, **style)
     axes.set(
         xscale="log",
         yscale="log",
@@ -168,12 +175,12 @@ def plot_plane(
         path: of the PNG.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.6))
-    for number, (name, found) in enumerate(points.items()):
-        style = {"color": "black", "marker": "+"} if name not in places else _style(number)
+    for (name, found), own in zip(points.items(), _styles(list(points)), strict=True):
+        style = own if name in places else {"color": "black", "marker": "+", "linestyle": "-"}
         x, y = zip(*found, strict=True)
         axes.plot(x, y, alpha=0.35, markersize=3, linewidth=0.8, **style)
         place = places.get(name, 0)
-        axes.plot(x[place], y[place], label=name, linestyle="", markersize=9, **style)
+        axes.plot(x[place], y[place], label=name, markersize=9, **{**style, "linestyle": ""})
     axes.set(
         xlabel="image similarity, share of the real pictures' to each other",
         ylabel="prompt margin, share of the base model's",
