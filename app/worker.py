@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -286,7 +286,8 @@ def own_output() -> Iterator[IO[str]]:
     """
     kept = os.dup(1)
     os.dup2(2, 1)
-    with os.fdopen(kept, "w", encoding="utf-8") as stream:
+    # The error stream passes every line on at once; what waits in the other one is lost when the process is killed.
+    with redirect_stdout(sys.stderr), os.fdopen(kept, "w", encoding="utf-8") as stream:
         yield stream
 
 
